@@ -1,0 +1,1 @@
+"""imkd_data: raw camera-radar-LiDAR data -> cache -> batches."""

@@ -1,0 +1,46 @@
+"""A field: a named, versioned, pure function from one sample's payload to an array or to named bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imkd_data.recipe import Recipe
+from imkd_data.sample import Payload, SensorSuite
+
+__all__ = ["CacheField", "Stored"]
+
+# One row: an array of the declared shape and dtype, or blob parts {"cam_front.jpg": bytes, ...}.
+Stored = NDArray[Any] | dict[str, bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheField:
+    """One column of the cache.
+
+    kind: ``array`` (fixed shape, Zarr) or ``blob`` (named bytes, tar). uses: recipe entries that change the bytes.
+    needs: payload parts read (images, lidar, radar); () = tables only. sensors: which declared sensors must exist
+    ("lidar", "camera", "radar"). upstream: fields whose rows are given to compute instead of raw data.
+    codec: ``zstd1`` | ``blosc3`` (byte shuffle + zstd 3) | ``none``. compute(payload, recipe, suite, upstream, drops) ->
+    Stored; it may add to ``drops`` (counts by reason). decode(stored, recipe, suite) -> physical arrays.
+    attributes(recipe, suite): frame, units, scale, offset, columns, grid, ... written to the array's metadata.
+    """
+
+    name: str
+    version: int
+    kind: Literal["array", "blob"]
+    space: Literal["bev", "image", "none"]
+    uses: tuple[str, ...]
+    compute: Callable[[Payload, Recipe, SensorSuite, Mapping[str, Stored], dict[str, int]], Stored]
+    needs: tuple[str, ...] = ()
+    sensors: tuple[str, ...] = ()
+    upstream: tuple[str, ...] = ()
+    dtype: np.dtype[Any] | None = None
+    shape: Callable[[Recipe, SensorSuite], tuple[int, ...]] | None = None
+    codec: Literal["zstd1", "blosc3", "none"] = "zstd1"
+    decode: Callable[[Stored, Recipe, SensorSuite], Any] | None = None
+    attributes: Callable[[Recipe, SensorSuite], dict[str, Any]] = field(default=lambda recipe, suite: {})
