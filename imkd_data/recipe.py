@@ -79,7 +79,7 @@ class Recipe:
         unknown = sorted(set(value) - known)
         if unknown:
             raise RecipeError("recipe has unknown keys", expected=", ".join(sorted(known)), found=", ".join(unknown))
-        kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+        kwargs: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
         try:
             if "grid" in kwargs:
                 kwargs["grid"] = BevGrid(**kwargs["grid"])
