@@ -61,9 +61,7 @@ class ImkdError(Exception):
         return {"v": 1, "level": "error", "code": self.code, "rule": self.rule, "what": self.what, **details}
 
 
-def _rebuild(
-    cls: type[ImkdError], what: str, rule: str, problems: tuple[ImkdError, ...], details: dict[str, Any]
-) -> ImkdError:
+def _rebuild(cls: type[ImkdError], what: str, rule: str, problems: tuple[ImkdError, ...], details: dict[str, Any]) -> ImkdError:
     return cls(what, rule=rule, problems=problems, **details)
 
 
