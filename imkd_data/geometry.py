@@ -39,6 +39,14 @@ def sensor_at(channel: str, timestamp_us: int) -> str:
     return f"{channel}@{timestamp_us}"
 
 
+def matmul3(a: F64, b: F64) -> F64:
+    """(..., 3, 3) times (..., 3, K), summed in one fixed order.
+
+    Not BLAS: its summation order differs between libraries and processors, and a last bit can move a point to the next cell.
+    """
+    return a[..., :, 0:1] * b[..., 0:1, :] + a[..., :, 1:2] * b[..., 1:2, :] + a[..., :, 2:3] * b[..., 2:3, :]  # type: ignore[no-any-return]
+
+
 def rotation_from_quaternion(wxyz: ArrayLike) -> F64:
     """(..., 4) quaternions (w, x, y, z), normalised here -> (..., 3, 3) rotation matrices."""
     q = np.asarray(wxyz, dtype=np.float64)
@@ -122,14 +130,16 @@ class Pose:
         return Pose(
             dst=self.dst,
             src=other.src,
-            rotation=self.rotation @ other.rotation,
-            translation_m=self.rotation @ other.translation_m + self.translation_m,
+            rotation=matmul3(self.rotation, other.rotation),
+            translation_m=matmul3(self.rotation, other.translation_m[:, None])[:, 0] + self.translation_m,
         )
 
     def inverse(self) -> Pose:
         """``src_from_dst``."""
         rotation = self.rotation.T
-        return Pose(dst=self.src, src=self.dst, rotation=rotation, translation_m=-(rotation @ self.translation_m))
+        return Pose(
+            dst=self.src, src=self.dst, rotation=rotation, translation_m=-matmul3(rotation, self.translation_m[:, None])[:, 0]
+        )
 
     def points(self, xyz_m: ArrayLike) -> F64:
         """(..., 3) points in src -> (..., 3) points in dst."""

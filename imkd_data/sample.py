@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,10 +16,10 @@ __all__ = ["Boxes", "ImageFrame", "Payload", "Points", "Reader", "Sample", "Sens
 
 def freeze(instance: Any) -> None:
     """Set every array of a frozen dataclass read-only (copying writeable ones)."""
-    for field in fields(instance):
-        value = getattr(instance, field.name)
+    for item in fields(instance):
+        value = getattr(instance, item.name)
         if isinstance(value, np.ndarray):
-            object.__setattr__(instance, field.name, frozen_array(value))
+            object.__setattr__(instance, item.name, frozen_array(value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -73,6 +73,7 @@ class Boxes:
     visibility: NDArray[np.int64]
     token: tuple[str, ...] = ()
     instance: tuple[str, ...] = ()
+    track: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         freeze(self)
@@ -159,7 +160,8 @@ class Payload:
     images: camera name -> file bytes. lidar: one Points per sweep of ``sample.lidar``, each in its *sensor's* frame,
     features (intensity, ring). radar: channel -> one Points per sweep, sensor frame, features = the raw columns as the
     file has them. ``files``: (relative path, size in bytes, crc32c) of everything read, in reading order.
-    ``dropped``: counts of points that were left out by rule (non_finite, ...).
+    ``dropped``: counts of points that were left out by rule (non_finite, ...). ``warnings``: counts by rule id of things
+    that are odd but legal (a receipt or log may carry them; they never stop a build unless the reader is strict).
     """
 
     sample: Sample
@@ -168,6 +170,7 @@ class Payload:
     radar: Mapping[str, tuple[Points, ...]] | None = None
     files: tuple[tuple[str, int, int], ...] = ()
     dropped: Mapping[str, int] | None = None
+    warnings: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,12 +180,13 @@ class SensorSuite:
     cameras: tuple[str, ...]  # the order of every camera axis
     lidar: str | None
     radars: tuple[str, ...]  # the order of every radar axis
-    radar_columns: tuple[str, ...]  # raw columns of a radar file, in order
+    radar_columns: tuple[str, ...]  # raw columns of a radar file, in order; x, y, z and vx.., vy.. pairs are geometry
     reflectance_max: float  # largest LiDAR intensity
     image_hw_px: tuple[int, int]  # full size
     max_radar_sweeps: int
     max_radar_points: int  # per scan
     licence: str
+    radar_steps: Mapping[str, float] = field(default_factory=dict)  # stored step of a raw column where it is not the default
 
     @property
     def channels(self) -> tuple[str, ...]:

@@ -26,7 +26,9 @@ class CacheField:
     needs: payload parts read (images, lidar, radar); () = tables only. sensors: which declared sensors must exist
     ("lidar", "camera", "radar"). upstream: fields whose rows are given to compute instead of raw data.
     codec: ``zstd1`` | ``blosc3`` (byte shuffle + zstd 3) | ``none``. compute(payload, recipe, suite, upstream, drops) ->
-    Stored; it may add to ``drops`` (counts by reason). decode(stored, recipe, suite) -> physical arrays.
+    Stored; it may add to ``drops`` (counts by reason). unpack(parts, suite) -> what ``Cache.read`` gives for a blob (its
+    arrays or bytes by sensor name; None: the parts as they are). decode(value, recipe, suite) -> physical arrays, from the
+    array or from what unpack gave.
     attributes(recipe, suite): frame, units, scale, offset, columns, grid, ... written to the array's metadata.
     """
 
@@ -42,5 +44,6 @@ class CacheField:
     dtype: np.dtype[Any] | None = None
     shape: Callable[[Recipe, SensorSuite], tuple[int, ...]] | None = None
     codec: Literal["zstd1", "blosc3", "none"] = "zstd1"
-    decode: Callable[[Stored, Recipe, SensorSuite], Any] | None = None
+    unpack: Callable[[Mapping[str, bytes], SensorSuite], Any] | None = None
+    decode: Callable[[Any, Recipe, SensorSuite], Any] | None = None
     attributes: Callable[[Recipe, SensorSuite], dict[str, Any]] = field(default=lambda recipe, suite: {})
