@@ -1,0 +1,211 @@
+"""Layers that several networks share: convolution blocks, residual blocks, the two-dimensional trunk and its neck.
+
+Widths and normalisation follow CRN (github.com/youngskkim/CRN) and mmdetection3d's SECOND / SECONDFPN, so that parameter
+counts and public weights fit; all tensors are (B, C, Y, X).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from imkd_data.geometry import BevGrid
+
+__all__ = [
+    "BasicBlock",
+    "LayerNorm2d",
+    "PointNorm",
+    "ResNetTrunk",
+    "SecondBackbone",
+    "StageNeck",
+    "cell_index",
+    "conv_norm_relu",
+    "frozen_copy",
+    "inverse44",
+]
+
+
+def conv_norm_relu(
+    in_channels: int,
+    out_channels: int,
+    kernel: int = 3,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    bias: bool = False,
+    padding_mode: str = "zeros",
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+) -> nn.Sequential:
+    """Convolution that keeps the size (up to the stride), BatchNorm, ReLU."""
+    conv = nn.Conv2d(
+        in_channels,
+        out_channels,
+        kernel,
+        stride=stride,
+        padding=dilation * (kernel // 2),
+        dilation=dilation,
+        bias=bias,
+        padding_mode=padding_mode,
+    )
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum), nn.ReLU())
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with a residual; a strided or widening block gets a 1x1 shortcut with BatchNorm."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.norm1(self.conv1(x)))
+        return torch.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of a (B, C, Y, X) map, computed in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float().movedim(1, -1)).movedim(-1, 1)
+
+
+class PointNorm(nn.BatchNorm1d):
+    """BatchNorm over points (N, C). Fewer than two points have no variance: the running statistics are used and kept, so
+    a batch without radar or LiDAR returns stays finite."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or x.shape[0] > 1:
+            return super().forward(x)
+        return nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )
+
+
+class SecondBackbone(nn.Module):
+    """SECOND: per stage one strided convolution and ``layers[i]`` further ones. Returns every stage's map."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: Sequence[int],
+        layers: Sequence[int],
+        strides: Sequence[int],
+        *,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+    ) -> None:
+        super().__init__()
+        options = {"bias": bias, "padding_mode": padding_mode, "eps": 1e-3, "momentum": 0.01}
+        stages = []
+        for out, depth, stride in zip(channels, layers, strides, strict=True):
+            blocks = [conv_norm_relu(in_channels, out, stride=stride, **options)]
+            blocks += [conv_norm_relu(out, out, **options) for _ in range(depth)]
+            stages.append(nn.Sequential(*blocks))
+            in_channels = out
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+
+class StageNeck(nn.Module):
+    """SECONDFPN: bring maps of several strides to one grid and concatenate them.
+
+    ``factors[i]`` is the up-sampling of map i: above 1 a transposed convolution, 1 a 1x1 convolution, 1/k a strided one.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: Sequence[int],
+        factors: Sequence[float],
+        *,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+    ) -> None:
+        super().__init__()
+        branches = []
+        for cin, cout, factor in zip(in_channels, out_channels, factors, strict=True):
+            if factor > 1:
+                k = round(factor)
+                scale: nn.Module = nn.ConvTranspose2d(cin, cout, k, stride=k, bias=False)
+            else:
+                k = round(1 / factor)
+                scale = nn.Conv2d(cin, cout, k, stride=k, bias=False)
+            branches.append(nn.Sequential(scale, nn.BatchNorm2d(cout, eps=eps, momentum=momentum), nn.ReLU()))
+        self.branches = nn.ModuleList(branches)
+        self.out_channels = sum(out_channels)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        return torch.cat([branch(x) for branch, x in zip(self.branches, maps, strict=True)], dim=1)
+
+
+class ResNetTrunk(nn.Module):
+    """ResNet-18 layout on the BEV map: 7x7 stride-2 stem without max-pooling, three stages with strides 1, 2, 2."""
+
+    def __init__(self, in_channels: int, base: int, blocks: Sequence[int] = (2, 2, 2)) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, base, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(base), nn.ReLU()
+        )
+        self.channels = tuple(base * 2**i for i in range(len(blocks)))
+        stages, width = [], base
+        for i, (channels, depth) in enumerate(zip(self.channels, blocks, strict=True)):
+            first = BasicBlock(width, channels, 1 if i == 0 else 2)
+            stages.append(nn.Sequential(first, *[BasicBlock(channels, channels) for _ in range(depth - 1)]))
+            width = channels
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x, maps = self.stem(x), []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+
+def cell_index(xy_m: Tensor, grid: BevGrid, *, truncate: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(..., 2) metres -> row, column (i64) and inside, by the one rule of ``BevGrid.cells`` (floor, half-open).
+
+    truncate: CRN's ``cell_index: trunc``, which folds points up to one cell below the lower edge into cell 0.
+    Non-finite points are outside.
+    """
+    xy = torch.nan_to_num(xy_m.double(), nan=1e9, posinf=1e9, neginf=-1e9)
+    if truncate:
+        low = xy.new_tensor([grid.x_min_m, grid.y_min_m])
+        index = torch.trunc((xy - low) / grid.cell_m).long()
+    else:
+        low_mm = torch.tensor([grid.x_min_mm, grid.y_min_mm], device=xy.device)
+        index = torch.div(torch.floor(xy * 1000).long() - low_mm, grid.cell_mm, rounding_mode="floor")
+    column, row = index[..., 0], index[..., 1]
+    inside = (row >= 0) & (row < grid.ny) & (column >= 0) & (column < grid.nx)
+    return row, column, inside
+
+
+def inverse44(matrix: Tensor) -> Tensor:
+    """Inverse of (..., 4, 4) or (..., 3, 3) transforms in float32, also under autocast."""
+    with torch.autocast(matrix.device.type, enabled=False):
+        return torch.linalg.inv(matrix.float())
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """Switch a module to evaluation for good: no gradient, eval mode. Returns the same module."""
+    module.eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module

@@ -1,0 +1,276 @@
+"""Configurations of the networks: frozen values with a JSON form. Unknown keys are errors that name them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar
+
+from imkd_data.classes import CLASS_GROUPS
+from imkd_data.errors import RecipeError
+from imkd_data.geometry import BevGrid
+
+__all__ = [
+    "CRN_PARITY",
+    "FusionConfig",
+    "LabelConfig",
+    "LidarConfig",
+    "ModelConfig",
+    "StudentConfig",
+]
+
+MODEL_GRID = BevGrid(x_min_m=-51.2, y_min_m=-51.2, cell_m=0.8, nx=128, ny=128)
+FUSERS = ("concat", "gated", "deformable", "intensity", "heterogeneous")
+
+# Named departures of the public CRN code that live in the network (crn: section 8). Data options are the loader's.
+CRN_PARITY = frozenset(
+    {
+        "pool_grad:uncounted",
+        "cell_index:trunc",
+        "image_channels:swapped",
+        "frustum:linspace_edges",
+        "geometry:top_row_half",
+        "radar_cull:image_rows",
+        "radar_empty:dummy",
+        "pillar_features:legacy",
+        "radar_caps:crn",
+        "nan_velocity:zero",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Common part. grid: grid of the head maps; a batch on another grid is refused."""
+
+    kind: ClassVar[str] = ""
+    name: str
+    grid: BevGrid = MODEL_GRID
+    groups: tuple[tuple[str, ...], ...] = CLASS_GROUPS
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form, with ``kind``."""
+        out = {k: _plain(v) for k, v in asdict(self).items()}
+        return {"kind": self.kind, **out, "grid": self.grid.as_dict()}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> ModelConfig:
+        """From the JSON form; an unknown or missing key is a RecipeError naming it."""
+        value = {k: v for k, v in value.items() if k != "kind"}
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(value) - known)
+        if unknown:
+            raise RecipeError(
+                f"{cls.kind} model has unknown keys", expected=", ".join(sorted(known)), found=", ".join(unknown)
+            )
+        values = {k: _tuples(v) for k, v in value.items()}
+        if isinstance(value.get("grid"), Mapping):
+            values["grid"] = BevGrid(**value["grid"])
+        if "parity" in values:
+            values["parity"] = frozenset(values["parity"])
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise RecipeError(f"{cls.kind} model cannot be read: {error}") from error
+
+    def with_values(self, **changes: Any) -> ModelConfig:
+        """A changed copy; unknown names are errors."""
+        unknown = sorted(set(changes) - {f.name for f in fields(self)})
+        if unknown:
+            raise RecipeError(f"{self.kind} model has no setting {', '.join(unknown)}")
+        return replace(self, **changes)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, frozenset):
+        return sorted(value)
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig(ModelConfig):
+    """Camera-radar student; the defaults are CRN with ResNet-50.
+
+    history: keyframe offsets, newest first. backbone: a key of camera.BACKBONES; backbone_weights: published name or
+    local folder, None = random. depth_*: bins start at depth_min_m. radar_encoder: perspective (CRN, needs cameras) |
+    bev (pillars on the BEV grid). geometry_rows: height of a frustum cell from the ``top`` or the ``mean`` valid feature
+    row. fuser_stride: the attention fusers work on a grid coarser by this factor (1 in CRN; 2 for small CPU models).
+    """
+
+    kind: ClassVar[str] = "student"
+    history: tuple[int, ...] = (0, -2, -4, -6)
+    camera: bool = True
+    radar: bool = True
+    # images
+    image_hw_px: tuple[int, int] = (256, 704)
+    backbone: str = "resnet50"
+    backbone_weights: str | None = None
+    fpn_channels: int = 128
+    stride_px: int = 16
+    depth_min_m: float = 2.0
+    depth_step_m: float = 0.8
+    depth_bins: int = 70
+    depth_channels: int = 256
+    depth_blocks: int = 3
+    camera_channels: int = 80
+    view_convs: int = 3
+    z_range_m: tuple[float, float] = (-5.0, 3.0)
+    geometry_rows: str = "top"
+    depth_input: bool = False  # LiDAR depth as input: teachers only
+    # radar
+    radar_encoder: str = "perspective"
+    radar_channels: int = 80
+    pillar_channels: int = 64
+    radar_widths: tuple[int, ...] = (64, 128, 256)
+    radar_layers: tuple[int, ...] = (3, 5, 5)
+    radar_neck_channels: int = 128
+    radar_head_channels: int = 192
+    radar_states: bool = False
+    radar_drop: float = 0.0
+    calibration: bool = False
+    calibration_init: str = "kaiming"
+    # fusion
+    fuser: str = "deformable"
+    fused_channels: int = 128
+    fuser_layers: int = 6
+    fuser_heads: int = 4
+    fuser_points: int = 4
+    fuser_hidden: int = 256
+    fuser_dropout: float = 0.1
+    fuser_stride: int = 1
+    gate_gain: float = 1.0
+    camera_gate: str = "radar"
+    sim_branch: bool = False
+    sim_attention: str = "deformable"
+    sim_drop: float = 0.0
+    # trunk and head
+    trunk_base: int = 160
+    trunk_blocks: tuple[int, ...] = (2, 2, 2)
+    neck_channels: int = 64
+    head_shared: int = 64
+    head_branch: int = 64
+    head_float32: bool = True
+    # losses
+    depth_weight: float = 3.0
+    box_weight: float = 0.25
+    velocity_weight: float = 1.0
+    parity: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parity", frozenset(self.parity))
+        unknown = sorted(self.parity - CRN_PARITY)
+        if unknown:
+            raise RecipeError("unknown parity options", expected=", ".join(sorted(CRN_PARITY)), found=", ".join(unknown))
+        if self.fuser not in FUSERS:
+            raise RecipeError("fuser", expected=" | ".join(FUSERS), found=self.fuser)
+        if not (self.camera or self.radar):
+            raise RecipeError("a student needs a camera or a radar branch")
+        if self.sim_branch and not self.camera:
+            raise RecipeError("the simulated branch is made from images", next="set camera=true or sim_branch=false")
+        if self.fuser == "heterogeneous" and not self.sim_branch:
+            raise RecipeError("the heterogeneous fuser needs the simulated branch", next="set sim_branch=true")
+        if not self.history or self.history[0] != 0 or any(offset > 0 for offset in self.history):
+            raise RecipeError("history starts with 0 and goes to the past", found=repr(self.history))
+        choices = {
+            "radar_encoder": ("perspective", "bev"),
+            "geometry_rows": ("top", "mean"),
+            "calibration_init": ("kaiming", "residual"),
+            "camera_gate": ("radar", "camera"),
+            "sim_attention": ("deformable", "conv"),
+        }
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                raise RecipeError(key, expected=" | ".join(allowed), found=getattr(self, key))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LidarConfig(ModelConfig):
+    """LiDAR teacher. The defaults are the public CenterPoint pillar network (mmdetection3d, 0.2 m pillars).
+
+    encoder: pillar | resnet34 | voxel. pillars_per_cell: pillars along one head cell. widths, layers: stage0, stage1,
+    stage2 (stage1 lies on the head grid). neck_stages: 3 = all (3 x neck_channels), 2 = stage1 and stage2 only.
+    age_sign: +1 gives the network time lag >= 0 for the past. intensity_scale multiplies reflectance 0..1 (255 for
+    imported public networks). points_per_pillar: cap of the public code, 0 = none (and its padding enters the maximum).
+    turned: input convention of an imported network, "" = our own axes, or importing.MMDET3D_LIDAR.
+    """
+
+    kind: ClassVar[str] = "lidar"
+    encoder: str = "pillar"
+    pillars_per_cell: int = 4
+    pillar_channels: int = 64
+    pillar_centre_values: int = 2  # offsets to the pillar centre: x, y (2) or x, y, z (3)
+    points_per_pillar: int = 0
+    z_range_m: tuple[float, float] = (-5.0, 3.0)
+    intensity_scale: float = 1.0
+    widths: tuple[int, int, int] = (64, 128, 256)
+    layers: tuple[int, int, int] = (3, 5, 5)
+    neck_stages: int = 3
+    neck_channels: int = 128
+    head_shared: int = 64
+    head_branch: int = 64
+    head_float32: bool = False
+    checkpoint_stages: bool = False
+    box_weight: float = 0.25
+    velocity_weight: float = 0.2
+    convention: str = "bev"
+    near_removed_m: float = 0.0
+    size_order: str = "lwh"
+
+    def __post_init__(self) -> None:
+        if self.encoder not in ("pillar", "resnet34", "voxel"):
+            raise RecipeError("encoder", expected="pillar | resnet34 | voxel", found=self.encoder)
+        if self.neck_stages not in (2, 3):
+            raise RecipeError("neck_stages", expected="2 or 3", found=str(self.neck_stages))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelConfig(ModelConfig):
+    """Label encoder (LabelDistill): one branch per stage that its teacher's neck reads.
+
+    stages: (feature name, channels, ny, nx) as the teacher delivers them. shrink: drawn part of a box's length and width.
+    teacher_sha256: hash of the LiDAR teacher's weights it was trained with ("" = not yet known).
+    """
+
+    kind: ClassVar[str] = "label"
+    stages: tuple[tuple[str, int, int, int], ...]
+    hidden: int = 256
+    shrink: float = 0.5
+    box_weight: float = 0.25
+    velocity_weight: float = 0.2
+    teacher_sha256: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionConfig(ModelConfig):
+    """LiDAR-camera teacher of CRKD and Adaptive-Smooth: ``lidar`` without its head, the camera branch of ``student``,
+    a gated (or concat) fuser, and the student's kind of trunk and head. The parts are JSON objects of their configs."""
+
+    kind: ClassVar[str] = "fusion"
+    lidar: LidarConfig
+    student: StudentConfig
+    lidar_channels: int = 256
+    fused_channels: int = 256
+    fuser: str = "gated"
+    box_weight: float = 0.25
+    velocity_weight: float = 0.2
+
+    def __post_init__(self) -> None:
+        for key, cls in (("lidar", LidarConfig), ("student", StudentConfig)):
+            if isinstance(getattr(self, key), Mapping):
+                object.__setattr__(self, key, cls.from_dict(getattr(self, key)))
+        if self.fuser not in ("gated", "concat"):
+            raise RecipeError("fuser of a LiDAR-camera teacher", expected="gated | concat", found=self.fuser)
+        if self.lidar.grid != self.grid or self.student.grid != self.grid:
+            raise RecipeError("the branches of a LiDAR-camera teacher lie on its own grid", found=repr(self.student.grid))
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form, the branches nested."""
+        own = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        parts = {"grid": self.grid.as_dict(), "lidar": self.lidar.as_dict(), "student": self.student.as_dict()}
+        return {"kind": self.kind, **own, **parts}
