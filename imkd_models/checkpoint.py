@@ -1,0 +1,414 @@
+"""Checkpoints: folders that are whole or absent, without pickle anywhere.
+
+``step-00000012.ckpt/`` holds ``model.safetensors`` (the deployable network; the EMA copy where there is one),
+``distiller.safetensors`` (adaptors), ``training.safetensors`` + the structure in ``checkpoint.json`` (optimiser, raw weights
+under EMA, stream position), further named networks (``teacher_lidar.safetensors`` inside a label encoder's checkpoint) and
+``checkpoint.json``: run, method, cache identity, metrics, sha256 of every file and of its own body. A folder is written under a
+dot name, each file and the folder fsynced, then renamed. ``last.ckpt`` and ``best.ckpt`` are relative symlinks swapped by
+rename; older folders go only after the new one has been read back.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imkd_data.errors import (
+    CacheDamageError,
+    DiskFullError,
+    ImkdError,
+    MismatchError,
+    SourceMissingError,
+    StorageError,
+)
+from imkd_data.recipe import canonical_json
+
+__all__ = [
+    "Checkpoint",
+    "load_checkpoint",
+    "load_model",
+    "load_weights",
+    "resolve_checkpoint",
+    "save_checkpoint",
+    "weights_hash",
+]
+
+FORMAT = 1
+META = "checkpoint.json"
+Weights = Mapping[str, Tensor]
+
+
+def _fault(name: str) -> None:
+    """A named point at which tests kill the process or fill the disk: IMKD_FAULT=point:kill|enospc."""
+    point, _, mode = os.environ.get("IMKD_FAULT", "").partition(":")
+    if point == name and mode == "kill":
+        os.kill(os.getpid(), 9)
+    if point == name and mode == "enospc":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+# ------------------------------------------------------------------------------------------------ values without pickle
+
+
+def flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """A nested state as JSON; tensors go to ``tensors`` under running numbers. Dict keys may be str or int."""
+    if isinstance(value, Tensor):
+        name = f"{len(tensors):06d}"
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"dict": [[k, flatten(v, tensors)] for k, v in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [flatten(v, tensors) for v in value]}
+    if isinstance(value, list):
+        return [flatten(v, tensors) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a training state holds tensors, numbers, strings and containers, not {type(value).__name__}")
+
+
+def unflatten(value: Any, tensors: Weights) -> Any:
+    """Inverse of ``flatten``."""
+    if isinstance(value, list):
+        return [unflatten(v, tensors) for v in value]
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        if "tuple" in value:
+            return tuple(unflatten(v, tensors) for v in value["tuple"])
+        return {k: unflatten(v, tensors) for k, v in value["dict"]}
+    return value
+
+
+def _weights(module: nn.Module | Weights) -> dict[str, Tensor]:
+    state = module.state_dict() if isinstance(module, nn.Module) else dict(module)
+    # copies: tied tensors would share storage, which safetensors refuses
+    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}
+
+
+def weights_hash(module: nn.Module | Weights) -> str:
+    """sha256 over names, dtypes, shapes and bytes of all weights: the identity of a network."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_weights(module).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------- save
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _storage_error(error: OSError, path: Path) -> ImkdError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DiskFullError(
+            "no space left for a checkpoint",
+            file=str(path),
+            kept="the previous checkpoint is unchanged",
+            next="free space or lower --set keep=N, then resume with --resume",
+        )
+    return StorageError(
+        f"a checkpoint could not be written: {error.strerror}", file=str(path), next="check the disk, then --resume"
+    )
+
+
+def save_checkpoint(
+    directory: Path | str,
+    step: int,
+    model: nn.Module | Weights,
+    distiller: nn.Module | Weights | None = None,
+    training_state: Any = None,
+    meta: Mapping[str, Any] | None = None,
+    *,
+    networks: Mapping[str, nn.Module | Weights] | None = None,
+    keep: int = 2,
+    best: bool = False,
+) -> Path:
+    """Write ``directory/step-<step>.ckpt`` and point ``last.ckpt`` (and ``best.ckpt`` if ``best``) at it.
+
+    model: the network to deploy, or its weights. networks: further networks the model needs to be built again.
+    meta: JSON values (run, method, cache identity, metrics). keep: newest folders that stay, besides last and best.
+    A crash at any point leaves the previous ``last.ckpt`` whole. Returns the folder. Errors: DiskFullError, StorageError.
+    """
+    root = Path(directory)
+    target = root / f"step-{step:08d}.ckpt"
+    partial = root / f".{target.name}.{os.getpid()}.partial"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for stale in root.glob(".step-*.partial"):
+            shutil.rmtree(stale, ignore_errors=True)
+        _fault("checkpoint.begin")
+        _write_folder(partial, step, model, distiller, training_state, dict(meta or {}), networks or {})
+        _fault("checkpoint.written")
+        _publish(partial, target)
+        _fault("checkpoint.renamed")
+        load_checkpoint(target)  # read back before anything older goes
+        for name in ("last.ckpt", *(("best.ckpt",) if best else ())):
+            _swap_link(root / name, target.name)
+            _fault(f"checkpoint.{name}")
+        _drop_old(root, keep)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, ImkdError):
+            raise
+        raise _storage_error(error, target) from error
+    return target
+
+
+def _write_folder(
+    folder: Path,
+    step: int,
+    model: nn.Module | Weights,
+    distiller: nn.Module | Weights | None,
+    training_state: Any,
+    meta: dict[str, Any],
+    networks: Mapping[str, nn.Module | Weights],
+) -> None:
+    from safetensors.torch import save
+
+    folder.mkdir()
+    parts: dict[str, dict[str, Tensor]] = {"model": _weights(model)}
+    if distiller is not None:
+        parts["distiller"] = _weights(distiller)
+    for name, network in networks.items():
+        parts[name] = _weights(network)
+    structure = None
+    if training_state is not None:
+        tensors: dict[str, Tensor] = {}
+        structure = flatten(training_state, tensors)
+        parts["training"] = tensors
+    files: dict[str, dict[str, Any]] = {}
+    for name, part in parts.items():
+        data = save(part)
+        _write(folder / f"{name}.safetensors", data)
+        files[f"{name}.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        _fault(f"checkpoint.file.{name}")
+    body = {
+        "format": FORMAT,
+        "step": step,
+        "files": files,
+        "weights": weights_hash(parts["model"]),
+        "training": structure,
+        "software": {"torch": str(torch.__version__)},
+        **meta,
+    }
+    body["sha256"] = hashlib.sha256(canonical_json(body)).hexdigest()
+    _write(folder / META, canonical_json(body))
+    _sync(folder)
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Rename into place. A folder of the same step (killed before the links moved, then resumed) stays if it is equal."""
+    if target.exists() and _same_files(partial, target):
+        shutil.rmtree(partial)
+    elif target.exists():
+        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(target, old)
+        os.rename(partial, target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(partial, target)
+    _sync(target.parent)
+
+
+def _same_files(a: Path, b: Path) -> bool:
+    try:
+        return load_checkpoint(a).files == load_checkpoint(b).files
+    except ImkdError:
+        return False
+
+
+def _swap_link(link: Path, name: str) -> None:
+    fresh = link.with_name(f".{link.name}.{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    os.symlink(name, fresh)
+    os.replace(fresh, link)
+    _sync(link.parent)
+
+
+def _drop_old(root: Path, keep: int) -> None:
+    pinned = {os.readlink(root / n) for n in ("last.ckpt", "best.ckpt") if (root / n).is_symlink()}
+    folders = sorted(p for p in root.glob("step-*.ckpt") if p.is_dir())
+    for folder in folders[: max(0, len(folders) - max(1, keep))]:
+        if folder.name not in pinned:
+            gone = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            os.rename(folder, gone)  # first out of sight: a half-deleted checkpoint never has its final name
+            _fault("checkpoint.drop")
+            shutil.rmtree(gone, ignore_errors=True)
+    for gone in root.glob(".step-*.old"):
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """An opened checkpoint; every file's sha256 has been compared. meta: ``checkpoint.json`` without the training part."""
+
+    path: Path
+    step: int
+    meta: dict[str, Any]
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    structure: Any = None
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """Weights of ``model``, ``distiller``, ... on the CPU. Errors: MismatchError when there is no such part."""
+        from safetensors.torch import load_file
+
+        if f"{part}.safetensors" not in self.files:
+            raise MismatchError(
+                f"the checkpoint has no {part} part",
+                file=str(self.path),
+                expected=f"{part}.safetensors",
+                found=", ".join(sorted(self.files)),
+            )
+        return load_file(self.path / f"{part}.safetensors")
+
+    @property
+    def model(self) -> dict[str, Tensor]:
+        """Weights of the deployable network."""
+        return self.tensors("model")
+
+    @property
+    def distiller(self) -> dict[str, Tensor] | None:
+        """Weights of the distiller, None without one."""
+        return self.tensors("distiller") if "distiller.safetensors" in self.files else None
+
+    @property
+    def training(self) -> Any:
+        """The training state that was saved, None without one."""
+        return None if self.structure is None else unflatten(self.structure, self.tensors("training"))
+
+
+def resolve_checkpoint(path: Path | str) -> Path:
+    """The folder behind a checkpoint, a ``last.ckpt`` link, or a run's folder (then its ``last.ckpt``).
+
+    Errors: SourceMissingError; MismatchError for a file (pickled checkpoints of other tools are refused).
+    """
+    given = Path(path)
+    if given.is_file():
+        raise MismatchError(
+            "this is a file; checkpoints are folders of safetensors, and pickled files are never loaded",
+            file=str(given),
+            next="convert weights of other projects with `imkd import`",
+        )
+    for candidate in (given, given / "last.ckpt"):
+        if (candidate / META).is_file():
+            return candidate.resolve()
+    raise SourceMissingError(
+        "no checkpoint here",
+        file=str(given),
+        expected=f"a folder with {META}, or a run folder with last.ckpt",
+        next="check the path; `imkd train RUN --out DIR` writes DIR/last.ckpt",
+    )
+
+
+def _damage(path: Path, what: str, **details: Any) -> CacheDamageError:
+    return CacheDamageError(
+        what, file=str(path), next="use an older step-*.ckpt folder of the same run, or copy the checkpoint again", **details
+    )
+
+
+def load_checkpoint(path: Path | str) -> Checkpoint:
+    """Open and check a checkpoint. Errors: SourceMissingError, CacheDamageError (bytes), MismatchError (format)."""
+    folder = resolve_checkpoint(path)
+    raw = (folder / META).read_bytes()
+    try:
+        body = json.loads(raw)
+        claimed = body.pop("sha256")
+        whole = raw == canonical_json({**body, "sha256": claimed})
+        whole = whole and claimed == hashlib.sha256(canonical_json(body)).hexdigest()
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise _damage(folder / META, "the checkpoint's description cannot be read") from error
+    if not whole:
+        raise _damage(folder / META, "the checkpoint's description was changed")
+    if body["format"] != FORMAT:
+        raise MismatchError(
+            "the checkpoint has another format",
+            file=str(folder),
+            expected=f"format {FORMAT}",
+            found=f"format {body['format']}",
+            next="use the version of imkd that wrote it",
+        )
+    for name, entry in body["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise _damage(file, "a file of the checkpoint is missing")
+        if file.stat().st_size != entry["bytes"]:
+            raise _damage(file, "a file of the checkpoint has another size", expected=entry["bytes"], found=file.stat().st_size)
+        if _sha256(file) != entry["sha256"]:
+            raise _damage(file, "a file of the checkpoint was changed", expected=f"sha256 {entry['sha256'][:16]}")
+    structure, files = body.pop("training"), body["files"]
+    return Checkpoint(path=folder, step=int(body["step"]), meta=body, files=files, structure=structure)
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def load_weights(module: nn.Module, weights: Weights, *, file: Path | str = "") -> None:
+    """Load all weights, strictly. Errors: MismatchError listing missing, unexpected and differently shaped tensors."""
+    own = module.state_dict()
+    missing, unexpected = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
+    common = sorted(set(own) & set(weights))
+    shapes = [f"{k} {tuple(own[k].shape)} / {tuple(weights[k].shape)}" for k in common if own[k].shape != weights[k].shape]
+    if missing or unexpected or shapes:
+        raise MismatchError(
+            "the weights belong to another network",
+            file=str(file) or None,
+            expected=f"missing: {_some(missing)}",
+            found=f"unexpected: {_some(unexpected)}; shapes (network / file): {_some(shapes)}",
+            next="build the network from the checkpoint's own configuration",
+        )
+    module.load_state_dict(dict(weights), strict=True)
+
+
+def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a checkpoint in eval mode on ``device``, and the checkpoint's meta (with ``path`` and ``step``)."""
+    from imkd_models.presets import model_from_dict
+
+    checkpoint = load_checkpoint(path)
+    config = checkpoint.meta["model"]
+    if config["kind"] == "label":
+        teacher = model_from_dict(checkpoint.meta["networks"]["teacher_lidar"])
+        load_weights(teacher, checkpoint.tensors("teacher_lidar"), file=checkpoint.path)
+        model = model_from_dict(config, teacher=teacher)
+    else:
+        model = model_from_dict(config)
+    load_weights(model, checkpoint.model, file=checkpoint.path)
+    meta = {**checkpoint.meta, "path": str(checkpoint.path)}
+    return model.to(device).eval(), meta
