@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from imkd_data.cache import fault
 from imkd_data.errors import (
     CacheDamageError,
     DiskFullError,
@@ -46,15 +47,6 @@ __all__ = [
 FORMAT = 1
 META = "checkpoint.json"
 Weights = Mapping[str, Tensor]
-
-
-def _fault(name: str) -> None:
-    """A named point at which tests kill the process or fill the disk: IMKD_FAULT=point:kill|enospc."""
-    point, _, mode = os.environ.get("IMKD_FAULT", "").partition(":")
-    if point == name and mode == "kill":
-        os.kill(os.getpid(), 9)
-    if point == name and mode == "enospc":
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 # ------------------------------------------------------------------------------------------------ values without pickle
@@ -97,11 +89,11 @@ def _weights(module: nn.Module | Weights) -> dict[str, Tensor]:
 
 
 def weights_hash(module: nn.Module | Weights) -> str:
-    """sha256 over names, dtypes, shapes and bytes of all weights: the identity of a network."""
+    """sha256 over names, dtypes, shapes and bytes of all weights: a network's identity, as FrozenTeacher.fingerprint."""
     digest = hashlib.sha256()
     for name, tensor in sorted(_weights(module).items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()
 
 
@@ -169,15 +161,15 @@ def save_checkpoint(
         root.mkdir(parents=True, exist_ok=True)
         for stale in root.glob(".step-*.partial"):
             shutil.rmtree(stale, ignore_errors=True)
-        _fault("checkpoint.begin")
+        fault.point("checkpoint.begin")
         _write_folder(partial, step, model, distiller, training_state, dict(meta or {}), networks or {})
-        _fault("checkpoint.written")
+        fault.point("checkpoint.written")
         _publish(partial, target)
-        _fault("checkpoint.renamed")
+        fault.point("checkpoint.renamed")
         load_checkpoint(target)  # read back before anything older goes
         for name in ("last.ckpt", *(("best.ckpt",) if best else ())):
             _swap_link(root / name, target.name)
-            _fault(f"checkpoint.{name}")
+            fault.point(f"checkpoint.{name}")
         _drop_old(root, keep)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -214,7 +206,7 @@ def _write_folder(
         data = save(part)
         _write(folder / f"{name}.safetensors", data)
         files[f"{name}.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        _fault(f"checkpoint.file.{name}")
+        fault.point(f"checkpoint.file.{name}")
     body = {
         "format": FORMAT,
         "step": step,
@@ -266,7 +258,7 @@ def _drop_old(root: Path, keep: int) -> None:
         if folder.name not in pinned:
             gone = folder.with_name(f".{folder.name}.{os.getpid()}.old")
             os.rename(folder, gone)  # first out of sight: a half-deleted checkpoint never has its final name
-            _fault("checkpoint.drop")
+            fault.point("checkpoint.drop")
             shutil.rmtree(gone, ignore_errors=True)
     for gone in root.glob(".step-*.old"):
         shutil.rmtree(gone, ignore_errors=True)
