@@ -208,10 +208,10 @@ class Reader(Protocol):
         ...
 
     def read(self, sample: Sample, needs: frozenset[str]) -> Payload:
-        """Read what is in ``needs`` (subset of images, lidar, radar)."""
+        """Read what is in ``needs``: any of images, lidar, radar; cameras and boxes stand in the sample already."""
         ...
 
     def input_manifest(self, sample: Sample, needs: frozenset[str]) -> list[list[Any]]:
-        """What the sample's fields depend on: [relative path, size] of files, and hashes of table rows. No paths of
-        the machine, no times."""
+        """What fields with these needs (images, lidar, radar, cameras, boxes) depend on: [relative path, size] of files,
+        and hashes of table rows, the sample's pose always. No paths of the machine, no times."""
         ...

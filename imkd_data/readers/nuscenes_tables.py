@@ -1,0 +1,309 @@
+"""The 13 nuScenes tables as columns: tokens resolved to row numbers once, no dictionaries of rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from imkd_data.errors import ImkdError, InputDataError, SourceMissingError
+from imkd_data.geometry import F64, rotation_from_quaternion
+from imkd_data.readers.tables import key_index, read_table
+
+__all__ = ["NuScenesTables", "load_tables"]
+
+I32 = NDArray[np.int32]
+I64 = NDArray[np.int64]
+
+_S, _I, _F, _B = pa.string(), pa.int64(), pa.float64(), pa.bool_()
+_FS = pa.list_(_F)
+SCHEMAS: dict[str, pa.Schema] = {
+    name: pa.schema([("token", _S), *columns])
+    for name, columns in {
+        "attribute": [("name", _S)],
+        "calibrated_sensor": [
+            ("sensor_token", _S),
+            ("translation", _FS),
+            ("rotation", _FS),
+            ("camera_intrinsic", pa.list_(_FS)),
+        ],
+        "category": [("name", _S)],
+        "ego_pose": [("timestamp", _I), ("rotation", _FS), ("translation", _FS)],
+        "instance": [("category_token", _S)],
+        "log": [("location", _S)],
+        "map": [],
+        "sample": [("timestamp", _I), ("prev", _S), ("next", _S), ("scene_token", _S)],
+        "sample_annotation": [
+            ("sample_token", _S),
+            ("instance_token", _S),
+            ("visibility_token", _S),
+            ("attribute_tokens", pa.list_(_S)),
+            ("translation", _FS),
+            ("size", _FS),
+            ("rotation", _FS),
+            ("prev", _S),
+            ("next", _S),
+            ("num_lidar_pts", _I),
+            ("num_radar_pts", _I),
+        ],
+        "sample_data": [
+            ("sample_token", _S),
+            ("ego_pose_token", _S),
+            ("calibrated_sensor_token", _S),
+            ("timestamp", _I),
+            ("is_key_frame", _B),
+            ("height", _I),
+            ("width", _I),
+            ("filename", _S),
+            ("prev", _S),
+            ("next", _S),
+        ],
+        "scene": [("log_token", _S), ("name", _S), ("description", _S)],
+        "sensor": [("channel", _S), ("modality", _S)],
+        "visibility": [("level", _S)],
+    }.items()
+}
+# Real tables leave these empty: unknown, not broken.
+_OPTIONAL = frozenset(
+    {"visibility_token", "attribute_tokens", "description", "location", "height", "width", "camera_intrinsic"}
+)
+
+
+@dataclass(slots=True)
+class NuScenesTables:
+    """Columns by table (prefix), row numbers instead of tokens (-1 = empty, -2 = points nowhere).
+
+    Poses: rotation (R, 3, 3), translation (R, 3), f64. ``norm``: length of the stored quaternion. Annotation rows are grouped
+    by sample: rows ``ann_order[ann_start[s]:ann_start[s + 1]]`` belong to sample row s, in table order. ``key_row`` (samples,
+    channels): the sample_data row of each channel's keyframe, -1 where there is none.
+    """
+
+    scene_token: list[str]
+    scene_name: list[str]
+    scene_description: list[str]
+    scene_location: list[str]
+    sample_token: pa.Array
+    sample_timestamp: I64
+    sample_scene: I32
+    sample_prev: I32
+    channels: list[str]
+    cal_token: list[str]
+    cal_channel: I32
+    cal_rotation: F64
+    cal_translation: F64
+    cal_norm: F64
+    cal_intrinsic: list[Any]
+    pose_token: pa.Array
+    pose_quaternion: F64
+    pose_translation: F64
+    data_token: pa.Array
+    data_filename: pa.Array
+    data_sample: I32
+    data_pose: I32
+    data_cal: I32
+    data_prev: I32
+    data_timestamp: I64
+    data_hw: I32
+    key_row: I32
+    ann_token: pa.Array
+    ann_instance_token: pa.Array
+    ann_order: I64
+    ann_start: I64
+    ann_sample: I32
+    ann_instance: I32
+    ann_visibility: I32
+    ann_attribute: I32
+    ann_prev: I32
+    ann_next: I32
+    ann_translation: F64
+    ann_size: F64
+    ann_quaternion: F64
+    ann_points: I64
+    instance_category: I32
+    category_name: list[str]
+    attribute_name: list[str]
+
+    def token(self, table: str, row: int) -> str:
+        """The token of one row (sample, data, pose, ann)."""
+        return str(getattr(self, f"{table}_token")[row].as_py())
+
+
+def load_tables(folder: Path) -> NuScenesTables:
+    """All 13 tables of one version folder. Lists every unreadable table in one error (``problems``)."""
+    raw: dict[str, pa.Table] = {}
+    problems: list[ImkdError] = []
+    for name, schema in SCHEMAS.items():
+        try:
+            raw[name] = read_table(folder / f"{name}.json", schema, optional=_OPTIONAL)
+            problems.extend(_duplicates(folder, name, raw[name]))
+        except (InputDataError, SourceMissingError) as error:
+            problems.append(error)
+    _stop(problems)
+    return _resolve(folder, raw)
+
+
+def _stop(problems: list[ImkdError]) -> None:
+    if not problems:
+        return
+    first = problems[0]
+    rest = (*first.problems, *problems[1:])
+    raise type(first)(first.what, rule=first.rule, problems=tuple(rest), **first.details)
+
+
+def _duplicates(folder: Path, name: str, table: pa.Table) -> list[ImkdError]:
+    """F24: a token twice. Row numbers of both."""
+    tokens = table["token"].combine_chunks()
+    first = pc.index_in(tokens, value_set=tokens).to_numpy(zero_copy_only=False)
+    again = np.flatnonzero(first != np.arange(len(first)))
+    return [
+        InputDataError(
+            f"table {name}: a token stands twice",
+            rule="table.duplicate",
+            expected="every token once",
+            found=f"rows {int(first[i])} and {int(i)}",
+            file=f"{folder.name}/{name}.json",
+            token=tokens[int(i)].as_py(),
+            next="unpack the metadata archive of this version again",
+        )
+        for i in again[:20]
+    ]
+
+
+def _vectors(folder: Path, name: str, column: str, width: int, table: pa.Table) -> F64:
+    """A list column of fixed length -> (rows, width)."""
+    lists = table[column].combine_chunks()
+    lengths = pc.list_value_length(lists)
+    wrong = pc.index(pc.not_equal(lengths, width), True).as_py() if len(lists) else -1
+    if wrong >= 0 or pc.list_flatten(lists).null_count:
+        raise InputDataError(
+            f"table {name}: row {wrong} has a wrong {column}",
+            rule="table.column",
+            expected=f"{width} numbers",
+            found=str(lists[max(wrong, 0)].as_py())[:80],
+            file=f"{folder.name}/{name}.json",
+            token=table["token"][max(wrong, 0)].as_py(),
+        )
+    flat = pc.list_flatten(lists).to_numpy(zero_copy_only=False)
+    return np.asarray(flat, dtype=np.float64).reshape(-1, width)
+
+
+def _rotations(quaternion: F64) -> tuple[F64, F64]:
+    """(rotation matrices, quaternion norms); a zero or non-finite quaternion gives NaN here and an error where it is used."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        norm = np.sqrt((quaternion * quaternion).sum(axis=-1))
+        return rotation_from_quaternion(quaternion), norm
+
+
+def _resolve(folder: Path, raw: dict[str, pa.Table]) -> NuScenesTables:
+    def key(table: str, column: str, target: str) -> I32:
+        out: I32 = key_index(raw[table][column], raw[target]["token"])
+        return out
+
+    def texts(table: str, column: str) -> list[str]:
+        return ["" if v is None else v for v in raw[table][column].to_pylist()]
+
+    def vectors(table: str, column: str, width: int) -> F64:
+        return _vectors(folder, table, column, width, raw[table])
+
+    scene_log = key("scene", "log_token", "log")
+    location = texts("log", "location")
+    sensor = key("calibrated_sensor", "sensor_token", "sensor")
+    channels = texts("sensor", "channel")
+    cal_rotation, cal_norm = _rotations(vectors("calibrated_sensor", "rotation", 4))
+    data_sample = key("sample_data", "sample_token", "sample")
+    data_cal = key("sample_data", "calibrated_sensor_token", "calibrated_sensor")
+    is_key = raw["sample_data"]["is_key_frame"].to_numpy()
+    ann_sample = key("sample_annotation", "sample_token", "sample")
+    order = np.argsort(ann_sample, kind="stable")
+    samples = raw["sample"].num_rows
+    size = [pc.fill_null(raw["sample_data"][c], 0).to_numpy() for c in ("height", "width")]
+    return NuScenesTables(
+        scene_token=texts("scene", "token"),
+        scene_name=texts("scene", "name"),
+        scene_description=texts("scene", "description"),
+        scene_location=[location[i] if i >= 0 else "" for i in scene_log],
+        sample_token=raw["sample"]["token"].combine_chunks(),
+        sample_timestamp=raw["sample"]["timestamp"].to_numpy(),
+        sample_scene=key("sample", "scene_token", "scene"),
+        sample_prev=key("sample", "prev", "sample"),
+        channels=channels,
+        cal_token=texts("calibrated_sensor", "token"),
+        cal_channel=sensor,
+        cal_rotation=cal_rotation,
+        cal_translation=vectors("calibrated_sensor", "translation", 3),
+        cal_norm=cal_norm,
+        cal_intrinsic=raw["calibrated_sensor"]["camera_intrinsic"].to_pylist(),
+        pose_token=raw["ego_pose"]["token"].combine_chunks(),
+        pose_quaternion=vectors("ego_pose", "rotation", 4),
+        pose_translation=vectors("ego_pose", "translation", 3),
+        data_token=raw["sample_data"]["token"].combine_chunks(),
+        data_filename=raw["sample_data"]["filename"].combine_chunks(),
+        data_sample=data_sample,
+        data_pose=key("sample_data", "ego_pose_token", "ego_pose"),
+        data_cal=data_cal,
+        data_prev=key("sample_data", "prev", "sample_data"),
+        data_timestamp=raw["sample_data"]["timestamp"].to_numpy(),
+        data_hw=np.stack(size, axis=1).astype(np.int32),
+        key_row=_key_rows(folder, raw, is_key, data_sample, data_cal, sensor, len(channels)),
+        ann_token=raw["sample_annotation"]["token"].combine_chunks(),
+        ann_instance_token=raw["sample_annotation"]["instance_token"].combine_chunks(),
+        ann_order=order,
+        ann_start=np.searchsorted(ann_sample[order], np.arange(samples + 1)),
+        ann_sample=ann_sample,
+        ann_instance=key("sample_annotation", "instance_token", "instance"),
+        ann_visibility=key("sample_annotation", "visibility_token", "visibility"),
+        ann_attribute=_first_attribute(raw),
+        ann_prev=key("sample_annotation", "prev", "sample_annotation"),
+        ann_next=key("sample_annotation", "next", "sample_annotation"),
+        ann_translation=vectors("sample_annotation", "translation", 3),
+        ann_size=vectors("sample_annotation", "size", 3),
+        ann_quaternion=vectors("sample_annotation", "rotation", 4),
+        ann_points=np.stack([raw["sample_annotation"][f"num_{k}_pts"].to_numpy() for k in ("lidar", "radar")], axis=1),
+        instance_category=key("instance", "category_token", "category"),
+        category_name=texts("category", "name"),
+        attribute_name=texts("attribute", "name"),
+    )
+
+
+def _first_attribute(raw: dict[str, pa.Table]) -> I32:
+    """Row of the first attribute token, -1 for none: the data set gives at most one."""
+    lists = raw["sample_annotation"]["attribute_tokens"]
+    first = pc.if_else(pc.greater(pc.fill_null(pc.list_value_length(lists), 0), 0), lists, pa.scalar([""], lists.type))
+    out: I32 = key_index(pc.list_element(first, 0), raw["attribute"]["token"])
+    return out
+
+
+def _key_rows(
+    folder: Path, raw: dict[str, pa.Table], is_key: NDArray[Any], sample: I32, cal: I32, sensor: I32, num_channels: int
+) -> I32:
+    """(samples, channels) sample_data row of each keyframe. F24: two of them for one place."""
+    rows = np.flatnonzero(np.asarray(is_key, dtype=bool) & (sample >= 0) & (cal >= 0))
+    channel = sensor[cal[rows]]
+    rows, channel = rows[channel >= 0], channel[channel >= 0]
+    out: I32 = np.full((raw["sample"].num_rows, num_channels), -1, dtype=np.int32)
+    flat = sample[rows].astype(np.int64) * num_channels + channel
+    out.reshape(-1)[flat] = rows
+    tokens, files = raw["sample_data"]["token"], raw["sample_data"]["filename"]
+    lost = np.flatnonzero(out.reshape(-1)[flat] != rows)
+    pair = [int(rows[lost[0]]), int(out.reshape(-1)[flat[lost[0]]])] if len(lost) else []
+    if not pair:
+        names = files.take(rows).combine_chunks()
+        seen = pc.index_in(names, value_set=names).to_numpy(zero_copy_only=False)
+        twice = np.flatnonzero(seen != np.arange(len(rows)))
+        pair = [int(rows[seen[twice[0]]]), int(rows[twice[0]])] if len(twice) else []
+    if pair:
+        first, again = pair
+        raise InputDataError(
+            "two key frames of one channel in one sample, or one file for two key frames",
+            rule="sample.duplicate_key",
+            expected="one sample_data row and one file per sample and channel",
+            found=f"{tokens[first].as_py()} ({files[first].as_py()}) and {tokens[again].as_py()} ({files[again].as_py()})",
+            file=f"{folder.name}/sample_data.json",
+            token=raw["sample"]["token"][int(sample[first])].as_py(),
+        )
+    return out

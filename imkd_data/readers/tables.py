@@ -1,0 +1,179 @@
+"""JSON tables (an array of flat objects) -> Arrow columns, without a Python object per row for the big ones.
+
+nuScenes keeps 2.6 million rows in one JSON array. Small tables go through the strict standard parser. Big ones are cut into
+blocks of whole objects, each parsed by Arrow; what Arrow refuses is parsed again by the strict parser only to say where.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json as pj
+
+from imkd_data.errors import InputDataError, SourceMissingError, StorageError
+
+__all__ = ["BIG_TABLE_BYTES", "key_index", "read_table"]
+
+BIG_TABLE_BYTES = 32 << 20
+_BLOCK_BYTES = 32 << 20
+_BETWEEN = re.compile(rb"\}\s*,\s*\{")  # the tables hold no nested objects, so this is the border of two rows
+_SPACE = b" \t\r\n"
+
+
+def read_table(
+    path: Path, schema: pa.Schema, *, optional: frozenset[str] = frozenset(), big: int = BIG_TABLE_BYTES
+) -> pa.Table:
+    """One table with exactly the schema's columns (others are not read).
+
+    Raises SourceMissingError (no file), InputDataError with table and byte offset (not JSON, NaN, byte-order mark, cut off), or
+    with row and column (missing or mistyped value; ``optional`` columns may be missing and are null then).
+    """
+    try:
+        size = path.stat().st_size
+        table = _read_small(path, schema) if size < big else _read_big(path, schema)
+    except FileNotFoundError as error:
+        raise SourceMissingError(
+            f"table {path.stem} is missing",
+            rule="table.missing",
+            expected=f"{path.parent.name}/{path.name}",
+            found="no such file",
+            file=f"{path.parent.name}/{path.name}",
+            next="unpack the metadata archive of this version again",
+        ) from error
+    except OSError as error:
+        if isinstance(error, InputDataError):
+            raise
+        raise StorageError(f"cannot read table {path.stem}: {error.strerror}", rule="table.io", file=path.name) from error
+    for name in schema.names:
+        if name not in optional and table[name].null_count:
+            row = pc.index(pc.is_null(table[name]), True).as_py()
+            token = table["token"][row].as_py() if "token" in schema.names else None
+            raise _bad(
+                path,
+                f"row {row} has no {name}",
+                "table.column",
+                expected=f"a value of type {schema.field(name).type}",
+                token=token,
+            )
+    return table
+
+
+def _bad(path: Path, what: str, rule: str, **details: Any) -> InputDataError:
+    details.setdefault("next", "unpack the metadata archive of this version again")
+    return InputDataError(f"table {path.stem}: {what}", rule=rule, file=f"{path.parent.name}/{path.name}", **details)
+
+
+def _strict_rows(path: Path, data: bytes, base: int = 0) -> list[dict[str, Any]]:
+    """The standard parser, with every leniency of it refused; errors name the byte offset."""
+    if data.startswith(b"\xef\xbb\xbf"):
+        raise _bad(path, "starts with a byte-order mark", "table.json", expected="plain UTF-8", found="EF BB BF at byte 0")
+
+    def refuse(name: str) -> float:
+        offset = data.find(name.encode())
+        raise _bad(
+            path, f"{name} is not JSON", "table.json", expected="a finite number", found=f"{name} at byte {base + offset:,}"
+        )
+
+    try:
+        rows = json.loads(data.decode("utf-8"), parse_constant=refuse)
+    except UnicodeDecodeError as error:
+        raise _bad(path, "is not UTF-8", "table.json", found=f"byte {base + error.start:,}") from error
+    except json.JSONDecodeError as error:
+        offset = len(error.doc[: error.pos].encode())
+        where = "the file ends" if error.pos >= len(error.doc.rstrip()) else "broken"
+        raise _bad(
+            path, f"is not JSON ({error.msg})", "table.json", expected="whole JSON", found=f"{where} at byte {base + offset:,}"
+        ) from error
+    except RecursionError as error:
+        raise _bad(path, "is nested too deeply", "table.json", expected="an array of flat objects") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise _bad(path, "is not an array of objects", "table.json", expected="[{...}, ...]")
+    return rows
+
+
+def _read_small(path: Path, schema: pa.Schema) -> pa.Table:
+    return _from_rows(path, _strict_rows(path, path.read_bytes()), schema)
+
+
+def _from_rows(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    columns = []
+    for item in schema:
+        values = [row.get(item.name) for row in rows]
+        try:
+            columns.append(pa.array(values, type=item.type))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise _mistyped(path, item, rows, error) from error
+    return pa.table(columns, schema=schema)
+
+
+def _mistyped(path: Path, item: pa.Field, rows: list[dict[str, Any]], error: Exception) -> InputDataError:
+    for i, row in enumerate(rows):
+        try:
+            pa.array([row.get(item.name)], type=item.type)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+            found = repr(row.get(item.name))[:80]
+            token = str(row.get("token", ""))
+            return _bad(
+                path, f"row {i} has a wrong {item.name}", "table.column", expected=str(item.type), found=found, token=token
+            )
+    return _bad(path, f"wrong {item.name}: {error}", "table.column", expected=str(item.type))
+
+
+def _blocks(handle: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """(bytes of whole objects separated by commas, offset in the file) of a JSON array of flat objects."""
+    rest, offset = b"", 0
+    while chunk := handle.read(_BLOCK_BYTES):
+        block = rest + chunk
+        cut = block.rfind(b"}", 0, max(block.rfind(b"{"), 0)) + 1  # the last row border: '}' before the last '{'
+        if cut:
+            yield block[:cut], offset
+        rest, offset = block[cut:], offset + cut
+    yield rest, offset
+
+
+def _read_big(path: Path, schema: pa.Schema) -> pa.Table:
+    """Arrow's parser over blocks. Each block loses the array's brackets and gets one row a line."""
+    parse = pj.ParseOptions(explicit_schema=schema, newlines_in_values=True, unexpected_field_behavior="ignore")
+    tables: list[pa.Table] = []
+    closed = False
+    with path.open("rb") as handle:
+        for raw, offset in _blocks(handle):
+            body = raw.strip(_SPACE)
+            if offset == 0:
+                if not body.startswith(b"["):
+                    _strict_rows(path, body)
+                    raise _bad(path, "is not an array of objects", "table.json", expected="[{...}, ...]")
+                body = body[1:]
+            body = body.lstrip(_SPACE + b",")
+            if body.endswith(b"]"):
+                body, closed = body[:-1].rstrip(_SPACE), True
+            if not body:
+                continue
+            try:
+                tables.append(pj.read_json(pa.BufferReader(_BETWEEN.sub(b"}\n{", body)), parse_options=parse))
+            except pa.ArrowInvalid as error:
+                start = offset + raw.find(body[:64]) - 1
+                rows = _strict_rows(path, b"[" + body + b"]", start)  # raises with the offset, unless only a type is wrong
+                tables.append(_from_rows(path, rows, schema))
+                del error
+    if not closed:
+        raise _bad(
+            path, "is cut off", "table.json", expected="']' at the end", found=f"the file ends at byte {path.stat().st_size:,}"
+        )
+    return pa.concat_tables(tables).select(schema.names) if tables else schema.empty_table()
+
+
+def key_index(keys: pa.ChunkedArray, target: pa.ChunkedArray) -> Any:
+    """Foreign keys -> int32 row numbers in ``target``; -1 for an empty or null key, -2 for one that points nowhere."""
+    import numpy as np
+
+    found = pc.index_in(keys, value_set=target.combine_chunks())
+    row = pc.fill_null(found, -2).to_numpy()
+    empty = pc.fill_null(pc.equal(keys, ""), True).to_numpy()
+    return np.where(empty, np.int32(-1), row.astype(np.int32, copy=False))
