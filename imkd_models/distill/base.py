@@ -1,0 +1,466 @@
+"""What all distillation methods share: documented options, declared needs, frozen teachers, the distiller itself.
+
+A distiller is a module over (student outputs, teachers' outputs, batch). It declares the names it needs, which are
+checked before the first step; it runs in float32 with autocast off; nothing of it is in an exported student.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from imkd_data.errors import MismatchError, MissingFeatureError, RecipeError
+from imkd_data.geometry import BevGrid
+from imkd_data.loader.batch import Batch
+from imkd_models.outputs import HeadMaps, Outputs
+
+__all__ = [
+    "Distiller",
+    "FrozenTeacher",
+    "Method",
+    "Needs",
+    "Options",
+    "check_needs",
+    "gradient_norms",
+    "head_in_float32",
+    "option",
+]
+
+# Names a method may ask of the batch, and the loader that gives them.
+BATCH_PARTS: tuple[str, ...] = ("boxes", "lidar_intensity", "intensity_planes", "lidar_points", "radar_points")
+HEAD = "head"
+
+
+def option(default: Any, doc: str, *, choices: tuple[Any, ...] = (), low: float | None = None, high: float | None = None) -> Any:
+    """A documented dataclass field of an ``Options`` class; the limits are inclusive."""
+    metadata = {"doc": doc, "choices": choices, "low": low, "high": high}
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+_SWITCH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
+
+
+def _coerced(name: str, value: Any, default: Any, choices: tuple[Any, ...]) -> Any:
+    """The value in the type of its default: command lines give strings, JSON gives lists."""
+    if choices and isinstance(value, bool) and not isinstance(default, bool):
+        return "on" if value else ("off" if "off" in choices else "none")  # a parser has read on/off as a truth value
+    if isinstance(default, bool) and isinstance(value, str) and value.lower() in _SWITCH:
+        return _SWITCH[value.lower()]
+    if isinstance(default, bool) or isinstance(value, bool):
+        if not (isinstance(default, bool) and isinstance(value, bool)):
+            raise RecipeError(f"option {name}", expected=type(default).__name__, found=repr(value))
+        return value
+    if isinstance(default, tuple):
+        parts = [p for p in value.split(",") if p] if isinstance(value, str) else list(value)
+        return tuple(parts)
+    try:
+        if isinstance(default, float):
+            return float(value)
+        if isinstance(default, int) and float(value) == int(float(value)):
+            return int(float(value))
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"option {name}", expected=f"a number like {default}", found=repr(value)) from error
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of all method options: unknown keys, wrong types, choices and limits are errors that name the option."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata.get("choices", ())
+            low, high = f.metadata.get("low"), f.metadata.get("high")
+            members = value if isinstance(value, tuple) else (value,)
+            if choices and any(v not in choices for v in members):
+                raise RecipeError(f"option {f.name}", expected=" | ".join(map(str, choices)), found=repr(value))
+            if (low is not None and value < low) or (high is not None and value > high):
+                raise RecipeError(f"option {f.name} out of range", expected=f"{low} to {high}", found=repr(value))
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Default of every option."""
+        return {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(cls)}  # type: ignore[misc]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Any:
+        """From a run configuration or ``--set`` values.
+
+        Raises:
+            RecipeError: an unknown key, a wrong type, a value outside its choices or limits.
+        """
+        defaults = cls.defaults()
+        unknown = sorted(set(values) - set(defaults))
+        if unknown:
+            raise RecipeError(f"{cls.__name__} has no option {', '.join(unknown)}", expected=", ".join(defaults))
+        choices = {f.name: f.metadata.get("choices", ()) for f in fields(cls)}
+        return cls(**{k: _coerced(k, v, defaults[k], choices[k]) for k, v in values.items()})
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form; ``from_dict`` reads it back."""
+        return {
+            f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else (dict(v) if isinstance(v, dict) else v)
+            for f in fields(self)
+        }
+
+    @classmethod
+    def describe(cls) -> list[dict[str, Any]]:
+        """One object an option: name, default, choices, low, high, doc."""
+        defaults = cls.defaults()
+        return [{"name": f.name, "default": defaults[f.name], **f.metadata} for f in fields(cls)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """Names that a distiller reads: student features, features by teacher, parts of the batch (``BATCH_PARTS``).
+
+    ``head`` stands for the head maps. ``heads_of``: teachers whose head is called as a function (CRD)."""
+
+    student: tuple[str, ...] = ()
+    teachers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    batch: tuple[str, ...] = ()
+    heads_of: tuple[str, ...] = ()
+
+    def __add__(self, other: Needs) -> Needs:
+        def union(a: Iterable[str], b: Iterable[str]) -> tuple[str, ...]:
+            return tuple(dict.fromkeys((*a, *b)))
+
+        names = union(self.teachers, other.teachers)
+        return Needs(
+            student=union(self.student, other.student),
+            teachers={n: union(self.teachers.get(n, ()), other.teachers.get(n, ())) for n in names},
+            batch=union(self.batch, other.batch),
+            heads_of=union(self.heads_of, other.heads_of),
+        )
+
+
+def _offers(network: Any) -> tuple[str, ...]:
+    shapes = network if isinstance(network, Mapping) else network.feature_shapes
+    has_head = isinstance(network, Mapping) or getattr(network, "head", None) is not None
+    return (*shapes, HEAD) if has_head and HEAD not in shapes else tuple(shapes)
+
+
+_ADVICE = {
+    "fusion": "train a LiDAR-camera teacher and pass --teacher fusion=CKPT; a LiDAR-only teacher has no camera map",
+    "lidar": "train a LiDAR teacher and pass --teacher lidar=CKPT",
+    "label": "train a label encoder on the same LiDAR teacher and pass --teacher label=CKPT, or switch the label term off",
+}
+
+
+def check_needs(needs: Needs, student: Any, teachers: Mapping[str, Any], batch: Iterable[str] | None = None) -> None:
+    """Refuse, before the first step, what a method would miss later.
+
+    Args:
+        student, teachers: networks with ``feature_shapes`` (and ``head``), or mappings of their shapes.
+        batch: the parts the stream will deliver; None leaves the batch unchecked.
+
+    Raises:
+        MissingFeatureError: naming who lacks what, what is offered instead, and what to do.
+    """
+    problems: list[MissingFeatureError] = []
+    offered = _offers(student)
+    missing = [n for n in needs.student if n not in offered]
+    if missing:
+        problems.append(
+            MissingFeatureError(
+                f"the student does not deliver {', '.join(missing)}",
+                expected=", ".join(needs.student),
+                found=", ".join(offered),
+                next="apply the method's student_changes to the student configuration, or switch the term off",
+            )
+        )
+    for name, wanted in needs.teachers.items():
+        if name not in teachers:
+            problems.append(
+                MissingFeatureError(
+                    f"the method needs a teacher {name!r}",
+                    expected=", ".join(needs.teachers),
+                    found=", ".join(teachers) or "no teacher",
+                    next=_ADVICE.get(name, f"pass --teacher {name}=CKPT"),
+                )
+            )
+            continue
+        offered = _offers(teachers[name])
+        missing = [n for n in wanted if n not in offered]
+        if missing:
+            problems.append(
+                MissingFeatureError(
+                    f"teacher {name!r} does not deliver {', '.join(missing)}",
+                    expected=", ".join(wanted),
+                    found=", ".join(offered),
+                    next=_ADVICE.get(name, "use another teacher"),
+                )
+            )
+        elif name in needs.heads_of and not callable(getattr(teachers[name], "heads", None)):
+            problems.append(MissingFeatureError(f"teacher {name!r} has no head that can be called", expected="FrozenTeacher"))
+    if batch is not None:
+        have = set(batch)
+        missing = [n for n in needs.batch if n not in have]
+        if missing:
+            problems.append(
+                MissingFeatureError(
+                    f"the batch lacks {', '.join(missing)}",
+                    expected=", ".join(needs.batch),
+                    found=", ".join(sorted(have)) or "nothing",
+                    next="build the cache with a profile that holds these fields, or change the option that needs them",
+                )
+            )
+    if problems:
+        first = problems[0]
+        raise MissingFeatureError(first.what, rule="distill.needs", problems=tuple(problems[1:]), **first.details)
+
+
+class FrozenTeacher(nn.Module):
+    """A trained network that only teaches.
+
+    It stays in eval whatever ``train()`` is called on a parent, runs under no_grad in float32, has no parameter or buffer
+    in any state dict, optimiser or DDP wrapper, and moves with ``to()``. The network is kept outside the module tree for
+    that reason. ``batch_statistics`` exists only to measure the defect of released code that trains with a drifting
+    teacher.
+    """
+
+    def __init__(self, network: nn.Module, *, name: str = "teacher") -> None:
+        super().__init__()
+        for parameter in network.parameters():
+            parameter.requires_grad_(False)
+        self.name = name
+        self.batch_statistics = False
+        object.__setattr__(self, "_network", (network.eval(),))  # a tuple: nn.Module must not register it
+        super().train(False)
+
+    @property
+    def network(self) -> nn.Module:
+        """The wrapped network."""
+        return self._network[0]
+
+    @property
+    def feature_shapes(self) -> Mapping[str, tuple[int, int, int]]:
+        """name -> (C, Y, X)."""
+        return self.network.feature_shapes
+
+    @property
+    def sensors(self) -> tuple[str, ...]:
+        """Sensors the teacher reads."""
+        return tuple(getattr(self.network, "sensors", ()))
+
+    @property
+    def head(self) -> Any:
+        """The teacher's head, or None."""
+        return getattr(self.network, "head", None)
+
+    def train(self, mode: bool = True) -> FrozenTeacher:
+        """Stays in eval."""
+        self.network.train(self.batch_statistics and mode)
+        self.training = False
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenTeacher:
+        self.network._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def forward(self, batch: Batch) -> Outputs:
+        """The teacher's outputs, detached, float32."""
+        self.network.train(self.batch_statistics)
+        device = next((p.device.type for p in self.network.parameters()), "cpu")
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            return self.network(batch)
+
+    def heads(self, neck_BCYX: Tensor) -> tuple[HeadMaps, ...]:
+        """The frozen head on any neck map: gradient passes through to the map, never to the head."""
+        self.network.train(self.batch_statistics)
+        with torch.autocast(neck_BCYX.device.type, enabled=False):
+            return tuple(self.network.head.maps(neck_BCYX.float()))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, shapes and bytes of all weights and buffers: equal to the checkpoint's, before and after."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.network.state_dict().items()):
+            data = value.detach().cpu().contiguous()
+            digest.update(f"{key} {tuple(data.shape)} {data.dtype}".encode())
+            digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b"")
+        return digest.hexdigest()
+
+
+def head_in_float32(head: Iterable[HeadMaps], *, detach: bool = False) -> tuple[HeadMaps, ...]:
+    """Copies in float32 for losses; logits stay logits and the originals are never touched."""
+    out = []
+    for maps in head:
+        names = [f.name for f in fields(maps) if f.name != "classes"]
+        values = {n: getattr(maps, n).detach().float() if detach else getattr(maps, n).float() for n in names}
+        out.append(replace(maps, **values))
+    return tuple(out)
+
+
+def _needed(outputs: Outputs, names: tuple[str, ...], *, who: str, detach: bool) -> Outputs:
+    missing = [n for n in names if n != HEAD and n not in outputs.features]
+    if missing:
+        raise MissingFeatureError(
+            f"{who} gave no {', '.join(missing)}", expected=", ".join(names), found=", ".join(outputs.features)
+        )
+    features = {n: outputs.features[n].detach() if detach else outputs.features[n] for n in names if n != HEAD}
+    head = head_in_float32(outputs.head, detach=detach) if HEAD in names else ()
+    return Outputs(features={n: v.float() for n, v in features.items()}, head=head, grid=outputs.grid)
+
+
+class Distiller(nn.Module):
+    """Base of the methods.
+
+    ``forward(student, teachers, batch)`` returns *weighted* loss terms by log name; their sum is added to the student's
+    own loss. Terms named in ``warmup_exempt`` take no part in the warm-up. ``diagnostics`` holds the detached quantities of the last call (unweighted terms, mask areas, ...).
+    ``no_decay`` names parameters that weight decay must not touch. Sub-classes give ``terms``.
+    """
+
+    no_decay: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, options: Options, needs: Needs, *, warmup_steps: int = 0) -> None:
+        super().__init__()
+        self.options = options
+        self.needs = needs
+        self.warmup_steps = warmup_steps
+        self.warmup_exempt: tuple[str, ...] = ()
+        self.diagnostics: dict[str, Tensor] = {}
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    def terms(self, student: Outputs, teachers: Mapping[str, Outputs], batch: Batch) -> dict[str, Tensor]:
+        """Weighted terms; all inputs are float32, teachers detached."""
+        return {}
+
+    def forward(self, student: Outputs, teachers: Mapping[str, Outputs], batch: Batch) -> dict[str, Tensor]:
+        """Weighted loss terms, float32 scalars with a graph to the student.
+
+        Raises:
+            MissingFeatureError, MismatchError: outputs without a needed name, or on another grid or head layout.
+        """
+        self.diagnostics = {}
+        wanted = self.needs.teachers
+        for name in wanted:
+            if name not in teachers:
+                raise MissingFeatureError(f"no outputs of teacher {name!r}", found=", ".join(teachers) or "none")
+        self.check_layout(student, teachers)
+        device = next(iter(student.features.values())).device.type
+        with torch.autocast(device, enabled=False):
+            own = _needed(student, self.needs.student, who="the student", detach=False)
+            theirs = {n: _needed(teachers[n], wanted[n], who=f"teacher {n}", detach=True) for n in wanted}
+            out = self.terms(own, theirs, batch)
+            if self.warmup_steps:
+                factor = ((self.step + 1) / self.warmup_steps).clamp(max=1.0)
+                out = {k: v if k in self.warmup_exempt else v * factor for k, v in out.items()}
+        if self.training:
+            self.step += 1
+        return out
+
+    def check_layout(self, student: Outputs, teachers: Mapping[str, Outputs]) -> None:
+        """Student and teachers share the head grid (same metres) and, where heads are compared, the class groups."""
+        for name, wanted in self.needs.teachers.items():
+            theirs = teachers[name]
+            if not same_extent(student.grid, theirs.grid):
+                raise MismatchError(f"teacher {name!r} covers other metres", expected=str(student.grid), found=str(theirs.grid))
+            if HEAD in wanted and HEAD in self.needs.student:
+                a, b = [m.classes for m in student.head], [m.classes for m in theirs.head]
+                if a != b:
+                    raise MismatchError(f"teacher {name!r} has other class groups", expected=str(a), found=str(b))
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimiser groups: ``no_decay`` parameters apart. Empty groups are left out."""
+        plain = [p for n, p in self.named_parameters() if not self._undecayed(n) and p.requires_grad]
+        free = [p for n, p in self.named_parameters() if self._undecayed(n) and p.requires_grad]
+        groups = [{"params": plain, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+        return [g for g in groups if g["params"]]
+
+    def _undecayed(self, name: str) -> bool:
+        return any(name.endswith(part) for part in self.no_decay)
+
+    def note(self, **values: Tensor | float) -> None:
+        """Remember diagnostics of this call."""
+        for name, value in values.items():
+            self.diagnostics[name] = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+
+
+def same_extent(a: BevGrid, b: BevGrid) -> bool:
+    """True where two grids cover the same rectangle."""
+    return (a.x_min_m, a.y_min_m, a.x_max_m, a.y_max_m) == (b.x_min_m, b.y_min_m, b.x_max_m, b.y_max_m)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One distillation method.
+
+    changes(options): values put into the student's configuration. teachers_for(options), needs_for(options): what it
+    reads. build(options, student, teachers, grid) -> Distiller. prepare(options, student, teachers) runs once on a fresh
+    student (weights copied from a teacher) and returns the names it copied. twin: the undistilled student that the
+    method's gain is measured against. presets: named option values.
+    """
+
+    name: str
+    title: str
+    summary: str
+    options: type[Options]
+    changes: Callable[[Any], dict[str, Any]]
+    needs_for: Callable[[Any], Needs]
+    build: Callable[[Any, Any, Mapping[str, FrozenTeacher], BevGrid], Distiller]
+    twin: str
+    prepare: Callable[[Any, Any, Mapping[str, FrozenTeacher]], list[str]] | None = None
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def student_changes(self) -> dict[str, Any]:
+        """Changes under default options."""
+        return self.changes(self.options())
+
+    @property
+    def needs(self) -> Needs:
+        """Needs under default options."""
+        return self.needs_for(self.options())
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Teachers under default options."""
+        return tuple(self.needs.teachers)
+
+    def teachers_for(self, options: Options) -> tuple[str, ...]:
+        """Teachers under given options."""
+        return tuple(self.needs_for(options).teachers)
+
+    def make_options(self, values: Mapping[str, Any] | None = None) -> Any:
+        """Options from a dict; ``preset`` names one of ``presets``, other keys override it."""
+        values = dict(values or {})
+        preset = values.pop("preset", None)
+        if preset is not None and preset not in self.presets:
+            raise RecipeError(f"{self.name} has no preset {preset!r}", expected=", ".join(self.presets) or "none")
+        return self.options.from_dict({**(self.presets[preset] if preset else {}), **values})
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form for ``imkd methods --json``."""
+        needs = self.needs
+        return {
+            "name": self.name,
+            "title": self.title,
+            "summary": self.summary,
+            "student_changes": self.student_changes,
+            "needs": {
+                "student": list(needs.student),
+                "teachers": {k: list(v) for k, v in needs.teachers.items()},
+                "batch": list(needs.batch),
+            },
+            "twin": self.twin,
+            "presets": {k: dict(v) for k, v in self.presets.items()},
+            "options": [{**o, "choices": list(o["choices"])} for o in self.options.describe()],
+        }
+
+
+def gradient_norms(terms: Mapping[str, Tensor], feature: Tensor) -> dict[str, float]:
+    """L2 norm of each term's gradient at one feature map: how hard each pulls. Costs one backward pass a term."""
+    out = {}
+    for name, value in terms.items():
+        gradient = None
+        if value.requires_grad:
+            (gradient,) = torch.autograd.grad(value, feature, retain_graph=True, allow_unused=True)
+        out[name] = 0.0 if gradient is None else float(gradient.norm())
+    return out
