@@ -18,14 +18,18 @@ __all__ = ["CacheField", "Stored"]
 Stored = NDArray[Any] | dict[str, bytes]
 
 
+def _no_attributes(recipe: Recipe, suite: SensorSuite) -> dict[str, Any]:
+    return {}  # a named function, so that fields can be pickled
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheField:
     """One column of the cache.
 
     kind: ``array`` (fixed shape, Zarr) or ``blob`` (named bytes, tar). uses: recipe entries that change the bytes.
     needs: what the bytes depend on beside the sample's pose: payload parts (images, lidar, radar) and parts that stand in
-    the tables alone (cameras = their calibration and poses, boxes); () = the sample's pose only. sensors: which declared sensors must exist
-    ("lidar", "camera", "radar"). upstream: fields whose rows are given to compute instead of raw data.
+    the tables alone (cameras = their calibration and poses, boxes); () = the sample's pose only. sensors: which declared
+    sensors must exist ("lidar", "camera", "radar"). upstream: fields whose rows are given to compute instead of raw data.
     codec: ``zstd1`` | ``blosc3`` (byte shuffle + zstd 3) | ``none``. compute(payload, recipe, suite, upstream, drops) ->
     Stored; it may add to ``drops`` (counts by reason). unpack(parts, suite) -> what ``Cache.read`` gives for a blob (its
     arrays or bytes by sensor name; None: the parts as they are). decode(value, recipe, suite) -> physical arrays, from the
@@ -47,4 +51,4 @@ class CacheField:
     codec: Literal["zstd1", "blosc3", "none"] = "zstd1"
     unpack: Callable[[Mapping[str, bytes], SensorSuite], Any] | None = None
     decode: Callable[[Any, Recipe, SensorSuite], Any] | None = None
-    attributes: Callable[[Recipe, SensorSuite], dict[str, Any]] = field(default=lambda recipe, suite: {})
+    attributes: Callable[[Recipe, SensorSuite], dict[str, Any]] = field(default=_no_attributes)

@@ -70,7 +70,7 @@ class SceneBuilder:
         self._attribute = [ATTRIBUTES.index(n) if n in ATTRIBUTES else -1 for n in tables.attribute_name]
         order = np.lexsort((tables.sample_timestamp, tables.sample_scene))
         starts = np.searchsorted(tables.sample_scene[order], np.arange(len(tables.scene_name) + 1))
-        self._rows = [order[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        self._rows = np.split(order, starts[1:-1])
         self._problems: list[ImkdError] = []
 
     def samples(self, scene: int, split: str) -> tuple[Sample, ...]:
@@ -350,7 +350,8 @@ class SceneBuilder:
         for rule, expected, wrong in rules:
             for i in np.flatnonzero(wrong):
                 row = int(rows[i])
-                found = f"annotation {t.token('ann', row)}: centre {t.ann_translation[row].tolist()}, size {t.ann_size[row].tolist()}"
+                centre, size = t.ann_translation[row].tolist(), t.ann_size[row].tolist()
+                found = f"annotation {t.token('ann', row)}: centre {centre}, size {size}"
                 self._problems.append(
                     self._bad(
                         "annotation is broken",

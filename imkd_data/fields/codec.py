@@ -1,0 +1,78 @@
+"""Small shared pieces of the fields: npy in a zstd frame, one-entry memory, own errors."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imkd_data.errors import CacheDamageError, InputDataError
+from imkd_data.recipe import Recipe
+from imkd_data.sample import Payload
+
+__all__ = ["NO_UPSTREAM", "OnePayload", "array_from_part", "part_from_array", "too_many"]
+
+NO_UPSTREAM: Mapping[str, Any] = {}
+_MAX_PART_BYTES = 1 << 30
+T = TypeVar("T")
+
+
+def part_from_array(array: NDArray[Any]) -> bytes:
+    """An array as ``.npy`` in one zstd level 3 frame with content checksum: the form of a blob's ``.npy.zst`` part."""
+    from numcodecs.zstd import Zstd
+
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return bytes(Zstd(level=3, checksum=True).encode(buffer.getvalue()))
+
+
+def array_from_part(part: bytes) -> NDArray[Any]:
+    """The array in a ``.npy.zst`` part; never runs code, CacheDamageError when it cannot be decoded."""
+    from numcodecs.zstd import Zstd
+
+    try:
+        raw = bytes(Zstd().decode(part))
+        if len(raw) > _MAX_PART_BYTES:
+            raise ValueError("larger than a part may be")
+        array: NDArray[Any] = np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)
+    except (RuntimeError, ValueError, OSError, EOFError) as error:
+        raise CacheDamageError(
+            "a blob part cannot be decoded", rule="blob.decode", expected="npy in a zstd frame", found=str(error)[:200]
+        ) from error
+    return array
+
+
+class OnePayload(Generic[T]):
+    """Remembers what was computed from the last payload, per thread: several fields share one pass over its points.
+
+    It changes no result: the value is a pure function of payload and recipe.
+    """
+
+    def __init__(self, compute: Callable[[Payload, Recipe], T]) -> None:
+        self._compute = compute
+        self._local = threading.local()
+
+    def __call__(self, payload: Payload, recipe: Recipe) -> T:
+        last = getattr(self._local, "last", None)
+        if last is None or last[0] is not payload or last[1] is not recipe:
+            last = self._local.last = (payload, recipe, self._compute(payload, recipe))
+        value: T = last[2]
+        return value
+
+
+def too_many(what: str, rule: str, found: int, limit: int, payload: Payload, advice: str, field: str) -> InputDataError:
+    """The error of a fixed-width field that is too narrow for a sample."""
+    return InputDataError(
+        what,
+        rule=rule,
+        expected=f"at most {limit:,}",
+        found=f"{found:,}",
+        token=payload.sample.token,
+        scene=payload.sample.scene,
+        field=field,
+        next=advice,
+    )
