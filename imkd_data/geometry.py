@@ -44,7 +44,8 @@ def matmul3(a: F64, b: F64) -> F64:
 
     Not BLAS: its summation order differs between libraries and processors, and a last bit can move a point to the next cell.
     """
-    return a[..., :, 0:1] * b[..., 0:1, :] + a[..., :, 1:2] * b[..., 1:2, :] + a[..., :, 2:3] * b[..., 2:3, :]  # type: ignore[no-any-return]
+    terms = [np.asarray(a[..., :, k : k + 1] * b[..., k : k + 1, :], dtype=np.float64) for k in range(3)]
+    return terms[0] + terms[1] + terms[2]
 
 
 def rotation_from_quaternion(wxyz: ArrayLike) -> F64:

@@ -208,10 +208,12 @@ class Reader(Protocol):
         ...
 
     def read(self, sample: Sample, needs: frozenset[str]) -> Payload:
-        """Read what is in ``needs``: any of images, lidar, radar; cameras and boxes stand in the sample already."""
+        """Read what is in ``needs``: any of images, lidar (all sweeps), lidar_key (at least the key scan), radar.
+
+        ``cameras`` and ``boxes`` may be among the needs too; they stand in the sample already."""
         ...
 
     def input_manifest(self, sample: Sample, needs: frozenset[str]) -> list[list[Any]]:
-        """What fields with these needs (images, lidar, radar, cameras, boxes) depend on: [relative path, size] of files,
+        """What fields with these needs (images, lidar, lidar_key, radar, cameras, boxes) depend on: [relative path, size] of files,
         and hashes of table rows, the sample's pose always. No paths of the machine, no times."""
         ...

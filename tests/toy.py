@@ -143,7 +143,7 @@ class ToyReader:
     def _paths(self, sample: Sample, needs: frozenset[str]) -> dict[str, list[Any]]:
         return {
             "images": list(sample.cameras) if "images" in needs else [],
-            "lidar": list(sample.lidar) if "lidar" in needs else [],
+            "lidar": list(sample.lidar) if {"lidar", "lidar_key"} & needs else [],
             "radar": [s for sweeps in sample.radar.values() for s in sweeps] if "radar" in needs else [],
         }
 
@@ -180,7 +180,7 @@ class ToyReader:
         return Payload(
             sample=sample,
             images=images if "images" in needs else None,
-            lidar=tuple(clouds.get(("lidar", "SPINNER"), ())) if "lidar" in needs else None,
+            lidar=tuple(clouds.get(("lidar", "SPINNER"), ())) if {"lidar", "lidar_key"} & needs else None,
             radar=radar if "radar" in needs else None,
             files=tuple(files),
         )

@@ -18,7 +18,7 @@ from imkd_data.sample import Payload, Points, SensorSuite
 __all__ = ["LIDAR_FIELDS", "z_from_code"]
 
 _PLANES = ("lidar_bev_sum", "lidar_bev_count", "lidar_bev_max", "lidar_bev_z_of_max")
-_GRID_USES = ("grid", "lidar_sweeps", "own_car_box_m", "z_min_m", "z_span_m", "sensors", "reference_channel")
+_GRID_USES = ("grid", "lidar_sweeps", "own_car_box_m", "z_min_m", "z_span_m", "reference_channel")
 Z_STEPS = 255
 
 
@@ -267,7 +267,7 @@ LIDAR_FIELDS: tuple[CacheField, ...] = (
         version=1,
         kind="blob",
         space="none",
-        uses=("lidar_sweeps", "sensors", "reference_channel"),
+        uses=("lidar_sweeps", "reference_channel"),
         compute=_points,
         needs=("lidar",),
         sensors=("lidar",),

@@ -168,7 +168,7 @@ class NuScenesReader:
         return self._builder.samples(self._scenes[scene], self.split_of(scene))
 
     def read(self, sample: Sample, needs: frozenset[str]) -> Payload:
-        """Read what is in ``needs`` (images, lidar, radar). Scans that neighbouring samples share are parsed once."""
+        """Read what is in ``needs`` (images, lidar, lidar_key, radar). Scans that neighbouring samples share are parsed once."""
         files: list[tuple[str, int, int]] = []
         dropped: Counter[str] = Counter()
         odd: Counter[str] = Counter()
@@ -176,8 +176,9 @@ class NuScenesReader:
         if "images" in needs:
             images = {f.camera.name: self._read_image(sample, f, files) for f in sample.cameras}
         lidar: tuple[Points, ...] | None = None
-        if "lidar" in needs:
-            lidar = tuple(self._points(sample, s, files, dropped, odd) for s in sample.lidar)
+        if "lidar" in needs or "lidar_key" in needs:
+            sweeps = sample.lidar if "lidar" in needs else sample.lidar[:1]
+            lidar = tuple(self._points(sample, s, files, dropped, odd) for s in sweeps)
         radar: dict[str, tuple[Points, ...]] | None = None
         if "radar" in needs:
             radar = {
@@ -251,7 +252,7 @@ class NuScenesReader:
             digests = self._digests[sample.token] = _digests(sample)
             while len(self._digests) > 256:
                 self._digests.popitem(last=False)
-        parts = ["pose", *(p for p in ("boxes", "cameras", "lidar", "radar") if p in needs)]
+        parts = ["pose", *(p for p in ("boxes", "cameras", "lidar", "lidar_key", "radar") if p in needs)]
         return [[p, self._files.size(p, **where)] for p in paths] + [[f"table:{p}", digests[p]] for p in parts]
 
 
@@ -275,8 +276,8 @@ class _Scan:
 
 
 def _sweeps(sample: Sample, needs: frozenset[str]) -> Iterable[Sweep]:
-    if "lidar" in needs:
-        yield from sample.lidar
+    if "lidar" in needs or "lidar_key" in needs:
+        yield from sample.lidar if "lidar" in needs else sample.lidar[:1]
     if "radar" in needs:
         for sweeps in sample.radar.values():
             yield from sweeps
@@ -321,6 +322,7 @@ def _digests(sample: Sample) -> dict[str, str]:
         ),
         "cameras": digest(*cameras),
         "lidar": digest(*(v for s in sample.lidar for v in sweep(s))),
+        "lidar_key": digest(*(v for s in sample.lidar[:1] for v in sweep(s))),
         "radar": digest(*(v for c, sweeps in sample.radar.items() for s in sweeps for v in (c, *sweep(s)))),
         "boxes": digest(b is None, *boxes),
     }
