@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from imkd_data.classes import ATTRIBUTES, CLASS_FROM_CATEGORY, DETECTION_CLASSES, LABEL_FROM_CLASS
 from imkd_data.errors import InputDataError, SourceMissingError
 from imkd_data.geometry import rotation_from_quaternion, yaw_from_rotation
+from imkd_data.readers.nuscenes_tables import SCHEMAS
+from imkd_data.readers.tables import key_index, read_table
 from pipelines.evaluate_fast import EvalTable
 
 __all__ = ["Truth", "iter_array", "iter_results", "read_results", "read_truth"]
@@ -24,7 +26,7 @@ _CHUNK = 8 << 20
 _ATTRIBUTE = {name: i for i, name in enumerate(ATTRIBUTES)} | {"": -1}
 _SPACE = " \t\r\n,"
 _NUMBER = "0123456789.eE+-"  # "" counts as part of it
-_MAX_PAIR_US = 1_500_000  # a velocity needs neighbours at most this far apart (twice that when centred)
+_MAX_PAIR_S = 1.5  # a velocity needs neighbours at most this far apart (twice that when centred)
 
 
 class _Scanner:
@@ -131,7 +133,7 @@ class _Columns:
     def __init__(self) -> None:
         self.parts: list[tuple[Any, ...]] = []
 
-    def add(self, sample: int, entries: Sequence[dict[str, Any]], num_points: Sequence[int] | None = None) -> None:
+    def add(self, sample: int, entries: Sequence[dict[str, Any]]) -> None:
         n = len(entries)
         if not n:
             return
@@ -145,7 +147,7 @@ class _Columns:
                 np.array([LABEL_FROM_CLASS[e["detection_name"]] for e in entries], dtype=np.int64),
                 np.array([e["detection_score"] for e in entries], dtype=np.float64),
                 np.array([_ATTRIBUTE[e["attribute_name"]] for e in entries], dtype=np.int64),
-                np.full(n, -1, dtype=np.int64) if num_points is None else np.array(num_points, dtype=np.int64),
+                np.full(n, -1, dtype=np.int64),
             )
         )
 
@@ -228,38 +230,45 @@ class Truth:
     ego_xy_m: F64
 
 
-def _ego_places(tables: Path, tokens: Sequence[str], channel: str) -> F64:
+def _table(tables: Path, name: str) -> Any:
+    return read_table(tables / f"{name}.json", SCHEMAS[name], optional=frozenset({"visibility_token", "attribute_tokens"}))
+
+
+def _vectors(column: Any, width: int) -> F64:
+    """(R, width) f64 of an Arrow list column."""
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(flat, dtype=np.float64).reshape(-1, width)
+
+
+def _ego_places(tables: Path, tokens: Sequence[str], rows: NDArray[np.int64], sample_token: Any, channel: str) -> F64:
     """(S, 2) from the key sample_data of ``channel``: the pose the devkit measures ranges from."""
-    wanted = {token: i for i, token in enumerate(tokens)}
-    sensors = {r["token"] for r in iter_array(tables / "sensor.json") if r["channel"] == channel}
-    mounts = {r["token"] for r in iter_array(tables / "calibrated_sensor.json") if r["sensor_token"] in sensors}
-    pose_of = {}
-    for row in iter_array(tables / "sample_data.json"):
-        if row["is_key_frame"] and row["sample_token"] in wanted and row["calibrated_sensor_token"] in mounts:
-            pose_of[row["ego_pose_token"]] = wanted[row["sample_token"]]
-    out = np.full((len(tokens), 2), np.nan)
-    for row in iter_array(tables / "ego_pose.json"):
-        if row["token"] in pose_of:
-            out[pose_of[row["token"]]] = row["translation"][:2]
-    absent = np.flatnonzero(np.isnan(out[:, 0]))
+    sensor, mount, data = _table(tables, "sensor"), _table(tables, "calibrated_sensor"), _table(tables, "sample_data")
+    of_mount = key_index(mount["sensor_token"], sensor["token"])
+    is_channel = np.array([c == channel for c in sensor["channel"].to_pylist()], dtype=bool)[of_mount]
+    key = data["is_key_frame"].to_numpy() & is_channel[key_index(data["calibrated_sensor_token"], mount["token"])]
+    key_row = np.full(len(sample_token), -1, dtype=np.int64)
+    key_row[key_index(data["sample_token"], sample_token)[key]] = np.flatnonzero(key)
+    absent = np.flatnonzero(key_row[rows] < 0)
     if len(absent):
-        raise InputDataError(
-            f"samples without {channel}", token=tokens[absent[0]], channel=channel, found=f"{len(absent)} samples"
-        )
-    return out
+        found = f"{len(absent)} samples"
+        raise InputDataError(f"samples without {channel}", token=tokens[absent[0]], channel=channel, found=found)
+    pose = _table(tables, "ego_pose")
+    pose_row = key_index(data["ego_pose_token"].take(key_row[rows]), pose["token"])
+    return _vectors(pose["translation"].take(pose_row), 3)[:, :2]
 
 
-def _velocity(row: dict[str, Any], by_token: dict[str, dict[str, Any]], time_us: dict[str, int]) -> list[float]:
-    """The devkit's box_velocity: centred difference where both neighbours exist, one-sided otherwise, NaN if too far."""
-    if not row["prev"] and not row["next"]:
-        return [np.nan, np.nan]
-    first, last = by_token[row["prev"]] if row["prev"] else row, by_token[row["next"]] if row["next"] else row
-    seconds = 1e-6 * time_us[last["sample_token"]] - 1e-6 * time_us[first["sample_token"]]
-    limit = 1.5 * (2 if row["prev"] and row["next"] else 1)
-    if seconds > limit:
-        return [np.nan, np.nan]
-    step = np.array(last["translation"]) - np.array(first["translation"])
-    return (step / seconds)[:2].tolist()  # type: ignore[no-any-return]
+def _velocities(
+    place: F64, sample: NDArray[Any], time_us: NDArray[np.int64], prev: NDArray[Any], following: NDArray[Any]
+) -> F64:
+    """(A, 2) the devkit's box_velocity: centred difference where both neighbours exist, else one-sided, NaN if too far."""
+    here = np.arange(len(place))
+    first, last = np.where(prev >= 0, prev, here), np.where(following >= 0, following, here)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        seconds = 1e-6 * time_us[sample[last]] - 1e-6 * time_us[sample[first]]
+        velocity = (place[last] - place[first])[:, :2] / seconds[:, None]
+    velocity[seconds > np.where((prev >= 0) & (following >= 0), 2, 1) * _MAX_PAIR_S] = np.nan
+    velocity[(prev < 0) & (following < 0)] = np.nan
+    return np.asarray(velocity)
 
 
 def read_truth(
@@ -273,52 +282,62 @@ def read_truth(
         SourceMissingError: a table is absent. InputDataError: a token is not in the tables, or two attributes on a box.
     """
     tables = dataroot / version
-    number = {token: i for i, token in enumerate(tokens)}
-    samples = {r["token"]: (r["timestamp"], r["scene_token"]) for r in iter_array(tables / "sample.json")}
-    absent = [t for t in tokens if t not in samples]
+    sample = _table(tables, "sample")
+    row_of = {token: i for i, token in enumerate(sample["token"].to_pylist())}
+    absent = [t for t in tokens if t not in row_of]
     if absent:
         raise InputDataError("samples are not in the tables", token=absent[0], found=f"{len(absent)} absent", file=tables)
-    scenes = {samples[t][1] for t in tokens}
-    time_us = {token: stamp for token, (stamp, scene) in samples.items() if scene in scenes}
-    category = {r["token"]: r["name"] for r in iter_array(tables / "category.json")}
-    category_of = {r["token"]: category[r["category_token"]] for r in iter_array(tables / "instance.json")}
-    attribute = {r["token"]: r["name"] for r in iter_array(tables / "attribute.json")}
-    ego_xy = _ego_places(tables, tokens, channel) if ego_xy_m is None else np.asarray(ego_xy_m, dtype=np.float64)
+    rows = np.array([row_of[t] for t in tokens], dtype=np.int64)
+    number = np.full(len(row_of), -1, dtype=np.int64)
+    number[rows] = np.arange(len(tokens))
+    ego_xy = _ego_places(tables, tokens, rows, sample["token"], channel) if ego_xy_m is None else np.asarray(ego_xy_m)
 
-    rows = {r["token"]: r for r in iter_array(tables / "sample_annotation.json") if r["sample_token"] in time_us}
-    entries: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    points: dict[int, list[int]] = defaultdict(list)
+    ann = _table(tables, "sample_annotation")
+    ann_sample = key_index(ann["sample_token"], sample["token"])
+    place = _vectors(ann["translation"], 3)
+    links = [key_index(ann[name], ann["token"]) for name in ("prev", "next")]
+    velocity = _velocities(place, ann_sample, sample["timestamp"].to_numpy(), *links)
+    instance, category = _table(tables, "instance"), _table(tables, "category")
+    names = category["name"].to_pylist()
+    label_of = np.array([LABEL_FROM_CLASS[CLASS_FROM_CATEGORY[n]] if n in CLASS_FROM_CATEGORY else -1 for n in names])
+    kind = key_index(instance["category_token"], category["token"])[key_index(ann["instance_token"], instance["token"])]
+
+    mine = np.where(ann_sample >= 0, number[ann_sample], -1)
     racks: dict[int, list[tuple[F64, F64, F64]]] = defaultdict(list)
-    for row in rows.values():
-        sample = number.get(row["sample_token"])
-        if sample is None:
-            continue
-        name = category_of[row["instance_token"]]
-        if name == "static_object.bicycle_rack":
-            racks[sample].append(
-                (np.array(row["translation"]), np.array(row["size"]), rotation_from_quaternion(row["rotation"]))
-            )
-        if name not in CLASS_FROM_CATEGORY:
-            continue
-        names = [attribute[t] for t in row["attribute_tokens"]]
-        if len(names) > 1:
-            raise InputDataError("an annotation has more than one attribute", token=row["token"], found=", ".join(names))
-        entries[sample].append(
-            {
-                "translation": row["translation"],
-                "size": row["size"],
-                "rotation": row["rotation"],
-                "velocity": _velocity(row, rows, time_us),
-                "detection_name": CLASS_FROM_CATEGORY[name],
-                "detection_score": -1.0,
-                "attribute_name": names[0] if names else "",
-            }
-        )
-        points[sample].append(row["num_lidar_pts"] + row["num_radar_pts"])
-    columns = _Columns()
-    for sample, boxes in entries.items():
-        columns.add(sample, boxes, points[sample])
-    return Truth(tokens=tuple(tokens), boxes=columns.table(len(tokens), ego_xy), bike_racks=dict(racks), ego_xy_m=ego_xy)
+    rack_kind = [i for i, n in enumerate(names) if n == "static_object.bicycle_rack"]
+    for row in np.flatnonzero((mine >= 0) & np.isin(kind, rack_kind)).tolist():
+        rotation = rotation_from_quaternion(ann["rotation"][row].as_py())
+        racks[int(mine[row])].append((place[row], np.array(ann["size"][row].as_py()), rotation))
+    keep = np.flatnonzero((mine >= 0) & (label_of[kind] >= 0))
+    keep = keep[np.argsort(mine[keep], kind="stable")]  # by sample, table order within
+    points = ann["num_lidar_pts"].to_numpy() + ann["num_radar_pts"].to_numpy()
+    boxes = EvalTable(
+        num_samples=len(tokens),
+        sample=mine[keep],
+        translation_m=place[keep],
+        size_wlh_m=_vectors(ann["size"].take(keep), 3),
+        yaw_rad=_yaw(_vectors(ann["rotation"].take(keep), 4)),
+        velocity_mps=velocity[keep],
+        label=label_of[kind[keep]],
+        score=np.full(len(keep), -1.0),
+        attribute=_attributes(tables, ann, keep),
+        num_points=points[keep],
+        ego_distance_m=np.sqrt(((place[keep][:, :2] - ego_xy[mine[keep]]) ** 2).sum(1)),
+    )
+    return Truth(tokens=tuple(tokens), boxes=boxes, bike_racks=dict(racks), ego_xy_m=ego_xy)
+
+
+def _attributes(tables: Path, annotation: Any, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    table = _table(tables, "attribute")
+    names = dict(zip(table["token"].to_pylist(), table["name"].to_pylist(), strict=True))
+    out = np.full(len(rows), -1, dtype=np.int64)
+    for i, tokens in enumerate(annotation["attribute_tokens"].take(rows).to_pylist()):
+        if tokens:
+            if len(tokens) > 1:
+                found, token = ", ".join(names[t] for t in tokens), annotation["token"][int(rows[i])].as_py()
+                raise InputDataError("an annotation has more than one attribute", token=token, found=found)
+            out[i] = _ATTRIBUTE[names[tokens[0]]]
+    return out
 
 
 def truth_counts(boxes: EvalTable) -> dict[str, int]:
