@@ -1,0 +1,168 @@
+"""LiDAR encoders: dense pillars to staged BEV maps. Stage names and shapes as the public CenterPoint pillar network:
+``bev_stage1`` lies on the head grid, ``bev_stage0`` is twice as fine, ``bev_stage2`` twice as coarse.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from imkd_data.errors import RecipeError
+from imkd_data.geometry import BevGrid
+from imkd_data.loader.batch import PointBatch
+from imkd_models.blocks import BasicBlock, PointNorm, SecondBackbone, StageNeck, cell_index, conv_norm_relu
+from imkd_models.config import LidarConfig
+from imkd_models.pooling import pillar_max, pillar_mean
+
+__all__ = ["LidarStages", "PillarEncoder", "ResidualStages", "finer"]
+
+
+def finer(grid: BevGrid, k: int) -> BevGrid:
+    """The grid whose cells are 1/k of this one's."""
+    if grid.cell_mm % k:
+        raise RecipeError(f"cells of {grid.cell_m} m do not divide by {k} into whole millimetres")
+    return BevGrid(
+        x_min_m=grid.x_min_m, y_min_m=grid.y_min_m, cell_m=grid.cell_mm / k / 1000, nx=grid.nx * k, ny=grid.ny * k
+    )
+
+
+class PillarEncoder(nn.Module):
+    """Points -> (B, C, Yp, Xp): x, y, z, intensity, age, offsets to the pillar's mean point (3) and centre (2 or 3), one
+    Linear-norm-ReLU layer, maximum. No cap on points; float32.
+
+    ``points_per_pillar`` reproduces imported networks: at most so many points (in the given order), and the zero rows of
+    pillars with fewer points take part in the maximum.
+    """
+
+    def __init__(self, config: LidarConfig, grid: BevGrid) -> None:
+        super().__init__()
+        self.config, self.grid = config, grid
+        self.linear = nn.Linear(8 + config.pillar_centre_values, config.pillar_channels, bias=False)
+        self.norm = PointNorm(config.pillar_channels, eps=1e-3, momentum=0.01)
+
+    def forward(self, lidar: PointBatch, batch: int) -> Tensor:
+        grid = self.grid
+        with torch.autocast(lidar.xyz_m.device.type, enabled=False):
+            num = batch * grid.ny * grid.nx
+            features, cell = self._features(lidar, num)
+            if self.config.points_per_pillar:
+                features, cell = self._first_points(features, cell)
+            x = torch.relu(self.norm(self.linear(features)))
+            canvas = pillar_max(x, cell, num)
+            if self.config.points_per_pillar:
+                canvas = self._with_padding(canvas, cell, num)
+        return canvas.view(batch, grid.ny, grid.nx, -1).permute(0, 3, 1, 2).contiguous()
+
+    def _features(self, lidar: PointBatch, num: int) -> tuple[Tensor, Tensor]:
+        c, grid = self.config, self.grid
+        xyz = lidar.xyz_m.float()
+        row, column, inside = cell_index(xyz[:, :2], grid)
+        inside = inside & (xyz[:, 2] >= c.z_range_m[0]) & (xyz[:, 2] < c.z_range_m[1])
+        if c.near_removed_m:
+            inside = inside & ~((lidar.age_s > 0) & (xyz[:, :2].abs() < c.near_removed_m).all(-1))
+        xyz, row, column, sample = xyz[inside], row[inside], column[inside], lidar.batch_index[inside]
+        intensity = torch.nan_to_num(lidar.column("intensity")[inside].float()) * c.intensity_scale
+        values = torch.cat([xyz, intensity[:, None], lidar.age_s[inside].float()[:, None]], dim=1)
+        cell = (sample * grid.ny + row) * grid.nx + column
+        mean = pillar_mean(xyz, cell, num)[cell]
+        centre = (torch.stack([column, row], dim=-1) + 0.5) * grid.cell_m + xyz.new_tensor([grid.x_min_m, grid.y_min_m])
+        middle = xyz.new_full((len(xyz), 1), sum(c.z_range_m) / 2)
+        to_centre = (xyz - torch.cat([centre, middle], dim=1))[:, : c.pillar_centre_values]
+        return torch.cat([values, xyz - mean, to_centre], dim=1), cell
+
+    def _first_points(self, features: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        order = cell.argsort(stable=True)
+        ordered = cell[order]
+        position = torch.arange(len(cell), device=cell.device)
+        begins = torch.ones_like(ordered, dtype=torch.bool)
+        begins[1:] = ordered[1:] != ordered[:-1]
+        start = torch.cummax(torch.where(begins, position, 0), 0).values if len(cell) else position
+        kept = order[position - start < self.config.points_per_pillar].sort().values
+        return features[kept], cell[kept]
+
+    def _with_padding(self, canvas: Tensor, cell: Tensor, num: int) -> Tensor:
+        """In the public code an empty slot is a zero row: norm(0) takes part in the maximum."""
+        zero = torch.zeros(1, self.norm.num_features, device=canvas.device)
+        empty = torch.relu(
+            nn.functional.batch_norm(
+                zero, self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias, eps=self.norm.eps
+            )
+        )
+        count = torch.bincount(cell, minlength=num)
+        short = ((count > 0) & (count < self.config.points_per_pillar))[:, None]
+        return torch.where(short, torch.maximum(canvas, empty), canvas)
+
+
+class ResidualStages(nn.Module):
+    """ResNet-34-like stages for 0.1 m pillars: two strided 3x3 convs to 0.4 m, then residual stages of the given widths,
+    the first at that stride, the others halving the grid."""
+
+    def __init__(self, in_channels: int, widths: tuple[int, int, int], blocks: tuple[int, int, int], checkpointed: bool) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            conv_norm_relu(in_channels, in_channels, stride=2), conv_norm_relu(in_channels, widths[0], stride=2)
+        )
+        stages, width = [], widths[0]
+        for i, (channels, depth) in enumerate(zip(widths, blocks, strict=True)):
+            first = BasicBlock(width, channels, 1 if i == 0 else 2)
+            stages.append(nn.Sequential(first, *[BasicBlock(channels, channels) for _ in range(depth - 1)]))
+            width = channels
+        self.stages = nn.ModuleList(stages)
+        self.checkpointed = checkpointed
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for stage in (self.stem, *self.stages):
+            use = self.checkpointed and self.training and torch.is_grad_enabled()
+            x = checkpoint(stage, x, use_reentrant=False) if use else stage(x)
+            maps.append(x)
+        return maps[1:]
+
+
+class LidarStages(nn.Module):
+    """Points -> the stage maps that the neck reads, and the neck: the LiDAR teacher without its head.
+
+    neck_stages 3: bev_stage0, bev_stage1, bev_stage2. 2: stage0 stays internal and is not delivered.
+    """
+
+    def __init__(self, config: LidarConfig) -> None:
+        super().__init__()
+        self.config = config
+        grid = finer(config.grid, config.pillars_per_cell)
+        if config.encoder == "voxel":
+            from imkd_models.voxel import VoxelEncoder
+
+            self.encoder: nn.Module = VoxelEncoder(config)
+            self.stages: nn.Module = SecondBackbone(
+                self.encoder.out_channels, config.widths[1:], config.layers[1:], (1, 2)
+            )
+        else:
+            self.encoder = PillarEncoder(config, grid)
+            channels = config.pillar_channels
+            if config.encoder == "resnet34":
+                self.stages = ResidualStages(channels, config.widths, config.layers, config.checkpoint_stages)
+            else:
+                strides = (config.pillars_per_cell // 2, 2, 2)
+                self.stages = SecondBackbone(channels, config.widths, config.layers, strides)
+        widths = config.widths[-config.neck_stages :]
+        factors = (0.5, 1.0, 2.0)[-config.neck_stages :]
+        self.neck = StageNeck(widths, [config.neck_channels] * len(widths), factors, eps=1e-3, momentum=0.01)
+        self.names = ("bev_stage0", "bev_stage1", "bev_stage2")[-config.neck_stages :]
+
+    def feature_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """(C, Y, X) of every delivered map."""
+        c, (ny, nx) = self.config, self.config.grid.shape
+        shapes = {"bev_stage0": (2 * ny, 2 * nx), "bev_stage1": (ny, nx), "bev_stage2": (ny // 2, nx // 2)}
+        widths = dict(zip(shapes, c.widths, strict=True))
+        out = {name: (widths[name], *shapes[name]) for name in self.names}
+        return {**out, "bev_neck": (self.neck.out_channels, ny, nx)}
+
+    def forward(self, lidar: PointBatch, batch: int) -> dict[str, Tensor]:
+        maps = self.stages(self.encoder(lidar, batch))[-self.config.neck_stages :]
+        named = dict(zip(self.names, maps, strict=True))
+        return {**named, "bev_neck": self.read_neck(named)}
+
+    def read_neck(self, stages: dict[str, Tensor]) -> Tensor:
+        """Neck over named stage maps, also those of the label encoder."""
+        return self.neck([stages[name] for name in self.names])
