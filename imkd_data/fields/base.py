@@ -27,9 +27,10 @@ class CacheField:
     """One column of the cache.
 
     kind: ``array`` (fixed shape, Zarr) or ``blob`` (named bytes, tar). uses: recipe entries that change the bytes.
-    needs: what the bytes depend on beside the sample's pose: payload parts (images, lidar, lidar_key = its
-    key scan alone, radar) and parts that stand in the tables (cameras = their calibration and poses, boxes); () = the sample's pose only. sensors: which declared
-    sensors must exist ("lidar", "camera", "radar"). upstream: fields whose rows are given to compute instead of raw data.
+    needs: what the bytes depend on beside the sample's pose: payload parts (images, lidar, lidar_key = its key scan alone,
+    radar) and parts that stand in the tables (cameras = their calibration and poses, boxes); () = the pose only.
+    sensors: which declared sensors must exist ("lidar", "camera", "radar"). upstream: fields whose rows are given to
+    compute instead of raw data.
     codec: ``zstd1`` | ``blosc3`` (byte shuffle + zstd 3) | ``none``. compute(payload, recipe, suite, upstream, drops) ->
     Stored; it may add to ``drops`` (counts by reason). unpack(parts, suite) -> what ``Cache.read`` gives for a blob (its
     arrays or bytes by sensor name; None: the parts as they are). decode(value, recipe, suite) -> physical arrays, from the
