@@ -36,7 +36,9 @@ BATCH_PARTS: tuple[str, ...] = ("boxes", "lidar_intensity", "intensity_planes", 
 HEAD = "head"
 
 
-def option(default: Any, doc: str, *, choices: tuple[Any, ...] = (), low: float | None = None, high: float | None = None) -> Any:
+def option(
+    default: Any, doc: str, *, choices: tuple[Any, ...] = (), low: float | None = None, high: float | None = None
+) -> Any:
     """A documented dataclass field of an ``Options`` class; the limits are inclusive."""
     metadata = {"doc": doc, "choices": choices, "low": low, "high": high}
     if isinstance(default, dict | list):

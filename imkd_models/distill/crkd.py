@@ -51,7 +51,9 @@ class CrkdOptions(Options):
 
     lambda_resp: float = option(1.0, "weight of response distillation", low=0)
     group_weights: str = option(
-        "dynamic", "class groups: 2 for dynamic and 1 for static ones, the reverse, or 1", choices=("dynamic", "static", "uniform")
+        "dynamic",
+        "class groups: 2 for dynamic and 1 for static ones, the reverse, or 1",
+        choices=("dynamic", "static", "uniform"),
     )
     group_weight_by_name: dict[str, float] = option({}, "explicit weights, e.g. {'truck+construction_vehicle': 2}; all groups")
     velocity_weight: float = option(1.0, "factor of the two velocity values in the response boxes", low=0)

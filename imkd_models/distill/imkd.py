@@ -49,7 +49,9 @@ class ImkdOptions(Options):
 
     stage1: bool = option(True, "LiDAR to radar feature distillation")
     lambda_l2r: float = option(0.3, "weight of stage 1", low=0)
-    stage1_partition: str = option("half", "channels of bev_radar that stage 1 shapes; the rest stay free", choices=("half", "all"))
+    stage1_partition: str = option(
+        "half", "channels of bev_radar that stage 1 shapes; the rest stay free", choices=("half", "all")
+    )
     stage1_evidence: bool = option(False, "halve the weight where no radar return lies within two cells")
     beta: float = option(1.0, "extra weight of stage 1 on objects", low=0)
     stage2_lidar: bool = option(True, "LiDAR to merged feature distillation")
@@ -60,7 +62,9 @@ class ImkdOptions(Options):
     receiver: str = option("merged", "student map that stage 2 shapes", choices=("merged", "radar", "camera"))
     partition: str = option("thirds", "thirds: label, LiDAR, free; all: both terms on all channels", choices=("thirds", "all"))
     response: str = option(
-        "soft", "response term; labeldistill: its focal form, which only pushes scores down", choices=("soft", "labeldistill", "off")
+        "soft",
+        "response term; labeldistill: its focal form, which only pushes scores down",
+        choices=("soft", "labeldistill", "off"),
     )
     lambda_resp: float = option(1.0, "weight of the response term", low=0)
     response_box_weight: float = option(0.25, "weight of the box part inside the response term", low=0)
@@ -83,7 +87,9 @@ class ImkdOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stage3_supervision and not self.stage3 and self.lambda_int > 0:
-            raise RecipeError("stage3_supervision teaches the stage 3 fuser", found="stage3 off", next="set stage3_supervision=off")
+            raise RecipeError(
+                "stage3_supervision teaches the stage 3 fuser", found="stage3 off", next="set stage3_supervision=off"
+            )
 
     @property
     def rule(self) -> IntensityRule:
@@ -161,7 +167,12 @@ class Adaptor(nn.Sequential):
 
 
 def response_loss(
-    student: tuple[HeadMaps, ...], teacher: tuple[HeadMaps, ...], truth: Targets, *, form: str = "soft", box_weight: float = 0.25
+    student: tuple[HeadMaps, ...],
+    teacher: tuple[HeadMaps, ...],
+    truth: Targets,
+    *,
+    form: str = "soft",
+    box_weight: float = 0.25,
 ) -> Tensor:
     """Response term at and around ground truth (imkd, section 5): t = sigmoid(teacher) x Gaussian.
 
@@ -281,9 +292,7 @@ class Imkd(Distiller):
         near = F.max_pool2d(seen[:, None], 5, stride=1, padding=2)
         return 0.5 + 0.5 * F.adaptive_max_pool2d(near, tuple(shape))
 
-    def _stage2(
-        self, term: str, student: Outputs, teacher: Outputs, truth: Targets, intensity: Mapping[str, Tensor]
-    ) -> Tensor:
+    def _stage2(self, term: str, student: Outputs, teacher: Outputs, truth: Targets, intensity: Mapping[str, Tensor]) -> Tensor:
         eta = 0.0 if self.o.intensity_source == "none" else self.o.eta
         total = []
         for mine, theirs in PAIRS[self.o.receiver]:
@@ -304,7 +313,9 @@ class Imkd(Distiller):
         for name in ("bev_intensity_radar", "bev_intensity_camera"):
             logits = student.features[name]
             if logits.shape[-2:] != target.shape[-2:]:
-                raise MismatchError(f"{name} and I_L lie on different grids", expected=str(target.shape), found=str(logits.shape))
+                raise MismatchError(
+                    f"{name} and I_L lie on different grids", expected=str(target.shape), found=str(logits.shape)
+                )
             loss = loss + bernoulli_kl(target, logits)
         return (weight * loss).sum() / all_mean(weight.sum())
 

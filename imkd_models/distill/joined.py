@@ -1,0 +1,103 @@
+"""Several methods at once: ``imkd+crkd`` is a method whose options are nested by method and whose terms are prefixed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, make_dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from imkd_data.errors import RecipeError
+from imkd_data.geometry import BevGrid
+from imkd_data.loader.batch import Batch
+from imkd_models.distill.base import Distiller, FrozenTeacher, Method, Needs, Options, option
+from imkd_models.outputs import Outputs
+
+__all__ = ["JoinedDistiller", "make_method"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedOptions(Options):
+    """Base of the options of joined methods: one dict of options a method."""
+
+
+class JoinedDistiller(Distiller):
+    """Runs each part; terms and diagnostics are named ``method/term``."""
+
+    def __init__(self, options: Options, parts: Mapping[str, Distiller]) -> None:
+        super().__init__(options, sum((p.needs for p in parts.values()), Needs()))
+        self.parts = nn.ModuleDict(parts)
+
+    def check_layout(self, student: Outputs, teachers: Mapping[str, Outputs]) -> None:
+        """Left to the parts."""
+
+    def forward(self, student: Outputs, teachers: Mapping[str, Outputs], batch: Batch) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
+        self.diagnostics = {}
+        for name, part in self.parts.items():
+            mine = {t: teachers[t] for t in part.needs.teachers}
+            out.update({f"{name}/{k}": v for k, v in part(student, mine, batch).items()})
+            self.diagnostics.update({f"{name}/{k}": v for k, v in part.diagnostics.items()})
+        return out
+
+    def _undecayed(self, name: str) -> bool:
+        return any(part._undecayed(name) for part in self.parts.values())
+
+
+def _merged(changes: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    owner: dict[str, str] = {}
+    for name, values in changes:
+        for key, value in values.items():
+            if key in out and out[key] != value:
+                raise RecipeError(
+                    f"{owner[key]} and {name} want different students: {key} = {out[key]!r} and {value!r}",
+                    next=f"switch the part that needs it off in one of them, for example {owner[key]}.stage3=off",
+                )
+            out[key], owner[key] = value, name
+    return out
+
+
+def make_method(spec: str, methods: Mapping[str, Method] | None = None) -> Method:
+    """The method of that name, or the union of several joined by ``+``.
+
+    Raises:
+        RecipeError: an unknown name, listing the known ones.
+    """
+    if methods is None:
+        from imkd_models.distill import METHODS as methods  # the list imports this module
+    names = [n.strip() for n in spec.split("+")]
+    unknown = [n for n in names if n not in methods]
+    if unknown or len(set(names)) != len(names):
+        raise RecipeError(f"no distillation method {spec!r}", expected=", ".join(methods), found=", ".join(unknown) or spec)
+    if len(names) == 1:
+        return methods[names[0]]
+    parts = [methods[n] for n in names]
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[Method]) -> Method:
+    columns = [(m.name, dict, option({}, f"options of {m.title}")) for m in parts]
+    cls = make_dataclass("JoinedMethodOptions", columns, bases=(JoinedOptions,), frozen=True, kw_only=True)
+
+    def each(options: Any) -> list[tuple[Method, Any]]:
+        return [(m, m.make_options(getattr(options, m.name))) for m in parts]
+
+    def build(options: Any, student: Any, teachers: Mapping[str, FrozenTeacher], grid: BevGrid) -> JoinedDistiller:
+        return JoinedDistiller(options, {m.name: m.build(o, student, teachers, grid) for m, o in each(options)})
+
+    def prepare(options: Any, student: Any, teachers: Mapping[str, FrozenTeacher]) -> list[str]:
+        return [name for m, o in each(options) if m.prepare for name in m.prepare(o, student, teachers)]
+
+    return Method(
+        name="+".join(m.name for m in parts),
+        title=" and ".join(m.title for m in parts),
+        summary=" ".join(m.summary for m in parts),
+        options=cls,
+        changes=lambda options: _merged([(m.name, m.changes(o)) for m, o in each(options)]),
+        needs_for=lambda options: sum((m.needs_for(o) for m, o in each(options)), Needs()),
+        build=build,
+        twin="the joined student without distillation",
+        prepare=prepare,
+    )
