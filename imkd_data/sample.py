@@ -214,6 +214,6 @@ class Reader(Protocol):
         ...
 
     def input_manifest(self, sample: Sample, needs: frozenset[str]) -> list[list[Any]]:
-        """What fields with these needs (images, lidar, lidar_key, radar, cameras, boxes) depend on: [relative path, size] of files,
-        and hashes of table rows, the sample's pose always. No paths of the machine, no times."""
+        """What fields with these needs (images, lidar, lidar_key, radar, cameras, boxes) depend on: [relative path, size]
+        of files, and hashes of table rows, the sample's pose always. No paths of the machine, no times."""
         ...

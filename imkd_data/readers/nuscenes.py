@@ -168,7 +168,7 @@ class NuScenesReader:
         return self._builder.samples(self._scenes[scene], self.split_of(scene))
 
     def read(self, sample: Sample, needs: frozenset[str]) -> Payload:
-        """Read what is in ``needs`` (images, lidar, lidar_key, radar). Scans that neighbouring samples share are parsed once."""
+        """Read what is in ``needs`` (images, lidar, lidar_key, radar). Scans shared by neighbouring samples are parsed once."""
         files: list[tuple[str, int, int]] = []
         dropped: Counter[str] = Counter()
         odd: Counter[str] = Counter()
