@@ -1,0 +1,248 @@
+"""One row of the cache as arrays on the host, and several of them packed into tensors. Runs in loader workers.
+
+Packed values are small: JPEGs decoded at the nearest larger DCT scale, resized and cropped to bytes; points and boxes
+moved into ``bev``; planes as stored integers. What is dense or easy for a GPU (normalisation, depth maps, moving and
+pooling planes) is done by ``deliver`` on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from imkd_data.errors import InputDataError, MissingFeatureError
+from imkd_data.loader.augment import ImageDraw, draw_bev, draw_images, move_boxes
+from imkd_data.loader.request import PARTS, PLANES, RADAR_FILTERS, StreamRequest
+from imkd_data.loader.rows import RowTable
+
+if TYPE_CHECKING:
+    from imkd_data.cache.store import Cache
+
+__all__ = ["Packed", "SampleReader", "decode_image", "pack"]
+
+F64 = NDArray[np.float64]
+Arrays = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Packed:
+    """A batch on its way from a worker to the device: tensors by name, tokens, and what cannot be a tensor."""
+
+    tokens: tuple[str, ...]
+    tensors: dict[str, Tensor]
+
+    def pin(self) -> Packed:
+        """The same in page-locked memory."""
+        return Packed(self.tokens, {k: v.pin_memory() for k, v in self.tensors.items()})
+
+    pin_memory = pin  # the name that torch's DataLoader looks for
+
+
+def decode_image(jpeg: bytes, draw: ImageDraw) -> NDArray[np.uint8]:
+    """JPEG -> (height, width, 3) RGB of the draw: scaled decode, bicubic resize of the window, black outside, flip."""
+    import simplejpeg
+    from PIL import Image
+
+    try:
+        source = simplejpeg.decode_jpeg(jpeg, "RGB", min_height=draw.resized_h_px, min_width=draw.resized_w_px)
+    except ValueError as error:
+        raise InputDataError(f"an image cannot be decoded: {error}", rule="image.decode") from error
+    out = np.zeros((draw.height_px, draw.width_px, 3), dtype=np.uint8)
+    x0, x1 = max(0, draw.left_px), min(draw.resized_w_px, draw.left_px + draw.width_px)
+    y0, y1 = max(0, draw.top_px), min(draw.resized_h_px, draw.top_px + draw.height_px)
+    if x1 > x0 and y1 > y0:
+        sx, sy = source.shape[1] / draw.resized_w_px, source.shape[0] / draw.resized_h_px
+        box = (x0 * sx, y0 * sy, x1 * sx, y1 * sy)
+        window = Image.fromarray(source).resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC, box=box)
+        out[y0 - draw.top_px : y1 - draw.top_px, x0 - draw.left_px : x1 - draw.left_px] = np.asarray(window)
+    return out[:, ::-1] if draw.flip else out
+
+
+class SampleReader:
+    """Reads rows of a cache for one request. Holds no open state of its own, so it can be sent to workers."""
+
+    def __init__(self, cache: Cache, table: RowTable, request: StreamRequest, *, seed: int) -> None:
+        self.cache, self.table, self.request, self.seed = cache, table, request, seed
+        # (name, place on the stored camera axis) of the declared cameras
+        self.cameras = tuple((c, i) for i, c in enumerate(cache.suite.cameras) if c in cache.recipe.sensors)
+        self.fields = request.fields(cache.recipe.view_grid)
+
+    def read(self, row: int, *, epoch: int, position: int) -> Arrays:
+        """All parts of one row, numpy, frame bev. Draws come from (seed, epoch, position)."""
+        request = self.request
+        bev = draw_bev(request.augment, seed=self.seed, epoch=epoch, position=position).matrix()
+        rows, genuine = self.table.history(row, request.history)
+        ego_from_global = np.linalg.inv(self.table.pose(row))
+        # keyframe slot -> bev of the current keyframe
+        moves = [bev @ (np.eye(4) if r == row else ego_from_global @ self.table.pose(int(r))) for r in rows]
+        out: Arrays = {
+            "timestamp_us": self.table.timestamp_us[self.table.at(row)],
+            "global_from_ego": self.table.pose(row),
+            "bev_from_ego": bev,
+            "history_valid": genuine,
+            "position": position,
+        }
+        parts = request.parts
+        if "images" in parts or "depth" in parts:
+            draws = draw_images(
+                request.augment,
+                full_hw_px=self.cache.suite.image_hw_px,
+                image_hw_px=request.image_hw_px,
+                cameras=len(self.cameras),
+                seed=self.seed,
+                epoch=epoch,
+                position=position,
+            )
+            if "images" in parts:
+                self._cameras(out, rows, moves, draws)
+            if "depth" in parts:
+                self._depth(out, row, draws)
+                out["depth_views"] = len(self.cameras)
+        if "radar_points" in parts:
+            out["radar"] = self._radar(rows, moves)
+        if "lidar_points" in parts:
+            out["lidar"] = self._lidar(row, bev)
+        if "boxes" in parts:
+            out["boxes"] = self._boxes(row, bev)
+        for name in self.fields:
+            if name in PLANES:
+                out[name] = self.cache.read(name, row)
+            elif name == "lidar_intensity" or name not in _HANDLED:
+                out[name] = np.asarray(self.cache.decode(name, row), dtype=np.float32)
+        return out
+
+    def _cameras(self, out: Arrays, rows: NDArray[np.int64], moves: Sequence[F64], draws: Sequence[ImageDraw]) -> None:
+        request, full = self.request, self.cache.suite.image_hw_px
+        slots, views = len(rows), len(self.cameras)
+        images = np.empty((slots, views, *request.image_hw_px, 3), dtype=np.uint8)
+        intrinsic, pose = np.empty((slots, views, 3, 3)), np.empty((slots, views, 4, 4))
+        done: dict[int, int] = {}
+        for t, row in enumerate(rows.tolist()):
+            if row in done:  # a repeated keyframe at the clip's start
+                images[t], intrinsic[t], pose[t] = images[done[row]], intrinsic[done[row]], pose[done[row]]
+                continue
+            done[row] = t
+            jpegs = self.cache.read("images", row)
+            calibration = self.cache.read("camera_calibration", row)
+            for v, ((name, place), draw) in enumerate(zip(self.cameras, draws, strict=True)):
+                images[t, v] = decode_image(jpegs[name], draw)
+                intrinsic[t, v] = draw.matrix(full) @ calibration[place, :9].reshape(3, 3)
+                ego_from_camera = np.eye(4)
+                ego_from_camera[:3] = calibration[place, 9:21].reshape(3, 4)
+                pose[t, v] = moves[t] @ ego_from_camera
+        out["images"], out["image_from_camera"], out["bev_from_camera"] = images, intrinsic, pose
+
+    def _depth(self, out: Arrays, row: int, draws: Sequence[ImageDraw]) -> None:
+        """Points (n, 3) u, v in the augmented image and depth, with the camera's index."""
+        clouds, views = [], []
+        stored = self.cache.decode("depth_points", row)
+        for v, ((_, place), draw) in enumerate(zip(self.cameras, draws, strict=True)):
+            m = draw.matrix(self.cache.suite.image_hw_px)
+            uvd = np.asarray(stored[place], dtype=np.float64)
+            moved = np.stack([m[0, 0] * uvd[:, 0] + m[0, 2], m[1, 1] * uvd[:, 1] + m[1, 2], uvd[:, 2]], axis=1)
+            clouds.append(moved)
+            views.append(np.full(len(moved), v))
+        out["depth"] = {"uvd": np.concatenate(clouds).astype(np.float32), "view": np.concatenate(views).astype(np.int64)}
+
+    def _radar(self, rows: NDArray[np.int64], moves: Sequence[F64]) -> Arrays:
+        request, parts = self.request, []
+        for t, row in enumerate(rows.tolist()):
+            if row in rows[:t]:
+                continue  # a repeated keyframe adds no returns
+            columns = self.cache.decode("radar_points", row)
+            keep = np.ones(len(columns["xyz_m"]), dtype=bool)
+            for name, values in RADAR_FILTERS[request.radar_filter].items():
+                if name in columns:
+                    keep &= np.isin(columns[name], values)
+            if request.radar_sweeps:
+                keep &= columns["sweep"] < request.radar_sweeps
+            move, features = moves[t], [self._radar_column(columns, f) for f in request.radar_features]
+            part = {
+                "xyz": _moved(columns["xyz_m"][keep], move),
+                "features": np.stack(features, axis=1)[keep] if features else np.zeros((int(keep.sum()), 0), np.float32),
+                "age": columns["age"][keep],
+                "time": np.full(int(keep.sum()), t, dtype=np.int64),
+            }
+            if "vx_comp" in columns:
+                velocity = np.stack([columns["vx_comp"], columns["vy_comp"]], axis=1)[keep].astype(np.float64)
+                part["velocity"] = (velocity @ move[:2, :2].T).astype(np.float32)
+            parts.append(part)
+        return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+    def _radar_column(self, columns: Arrays, name: str) -> NDArray[np.float32]:
+        raw = {"rcs_dbsm": "rcs"}.get(name, name)
+        if raw not in columns:
+            raise MissingFeatureError(
+                f"the cache's radar has no column {name}", expected=name, found=", ".join(columns), rule="loader.radar_column"
+            )
+        return np.asarray(columns[raw], dtype=np.float32)
+
+    def _lidar(self, row: int, bev: F64) -> Arrays:
+        points = self.cache.decode("lidar_points", row)
+        keep: Any = slice(None)
+        if self.request.lidar_sweeps:
+            keep = points["sweep"] < self.request.lidar_sweeps
+        intensity = points["intensity"] / np.float32(self.cache.suite.reflectance_max)
+        return {
+            "xyz": _moved(points["xyz_m"][keep], bev),
+            "features": np.stack([intensity, points["ring"].astype(np.float32)], axis=1)[keep],
+            "age": points["age_s"][keep],
+        }
+
+    def _boxes(self, row: int, bev: F64) -> Arrays:
+        boxes = self.cache.decode("boxes", row)
+        centre, size, yaw, velocity = move_boxes(bev, boxes.centre_m, boxes.size_lwh_m, boxes.yaw_rad, boxes.velocity_mps)
+        seen = np.maximum(boxes.num_lidar, 0) + np.maximum(boxes.num_radar, 0) > 0
+        unknown = (boxes.num_lidar < 0) & (boxes.num_radar < 0)
+        return {
+            "centre": centre,
+            "size": size,
+            "yaw": yaw,
+            "velocity": velocity,
+            "label": np.maximum(boxes.label, 0),
+            "valid": (boxes.label >= 0) & (seen | unknown),
+        }
+
+
+def _moved(xyz_m: NDArray[np.float32], move: F64) -> NDArray[np.float32]:
+    out: NDArray[np.float32] = (xyz_m.astype(np.float64) @ move[:3, :3].T + move[:3, 3]).astype(np.float32)
+    return out
+
+
+_HANDLED = {name for fields in PARTS.values() for name in fields} | {"camera_calibration"}
+_FLOAT32 = ("image_from_camera", "bev_from_camera")  # bev_from_ego stays float64: cells are looked up with it
+
+
+def pack(samples: Sequence[Arrays], tokens: Sequence[str]) -> Packed:
+    """Samples of one batch as tensors: fixed shapes stacked, points in one list with a batch index, boxes padded."""
+    first = samples[0]
+    tensors: dict[str, Tensor] = {}
+    for name in [n for n in first if n not in ("depth", "radar", "lidar", "boxes")]:
+        stacked = np.stack([np.asarray(s[name]) for s in samples])
+        if name in _FLOAT32:
+            stacked = stacked.astype(np.float32)
+        if stacked.dtype in (np.uint16, np.uint32):  # torch has few operations on these
+            stacked = stacked.astype(np.int32)
+        tensors[name] = torch.from_numpy(stacked)
+    for group in ("depth", "radar", "lidar"):
+        if group in first:
+            for key in first[group]:
+                tensors[f"{group}.{key}"] = torch.from_numpy(np.concatenate([s[group][key] for s in samples]))
+            counts = [len(next(iter(s[group].values()))) for s in samples]
+            tensors[f"{group}.batch"] = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(counts))
+    if "boxes" in first:
+        most = max(len(s["boxes"]["yaw"]) for s in samples)
+        for key, value in first["boxes"].items():
+            padded = np.zeros(
+                (len(samples), most, *value.shape[1:]), dtype=np.float32 if value.dtype == np.float64 else value.dtype
+            )
+            for b, s in enumerate(samples):
+                padded[b, : len(s["boxes"][key])] = s["boxes"][key]
+            tensors[f"boxes.{key}"] = torch.from_numpy(padded)
+    return Packed(tuple(tokens), tensors)

@@ -1,0 +1,313 @@
+"""``imkd_data.stream``: batches of a cache in an order that resumes anywhere, on any number of ranks and workers.
+
+A worker gets a step number and makes that step's batch; nothing else travels. Workers are spawned processes, hold no lock
+and no named shared memory, and open the cache's files themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from imkd_data.errors import ImkdError, NoProgressError, StorageError, UsageError
+from imkd_data.fields.lidar import z_from_code
+from imkd_data.geometry import BevGrid
+from imkd_data.loader.augment import IDENTITY, AugmentConfig
+from imkd_data.loader.batch import Batch
+from imkd_data.loader.deliver import Delivery
+from imkd_data.loader.order import Order, Shuffle, check_state, rank_positions, selection_hash
+from imkd_data.loader.read import Packed, SampleReader, pack
+from imkd_data.loader.request import StreamRequest, available_parts, check_request, normalised_parts
+from imkd_data.loader.rows import TRAIN_SPLITS, check_no_scene_in_two_splits, read_rows, select_rows
+
+if TYPE_CHECKING:
+    from imkd_data.cache.store import Cache
+
+__all__ = ["Stream", "held_out_rows", "stream"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Source:
+    """Step -> packed batch. The only thing that is sent to a worker."""
+
+    reader: SampleReader
+    order: Order
+    epoch: int
+    first: int
+    batch_size: int
+    rank: int
+    world: int
+
+    def positions(self, step: int) -> np.ndarray[Any, Any]:
+        return rank_positions(self.first, step, batch_size=self.batch_size, rank=self.rank, world=self.world)
+
+    def tokens(self, step: int) -> tuple[str, ...]:
+        """Tokens of a step, for messages about work in flight."""
+        n = len(self.order)
+        rows = self.order.at(self.epoch, np.minimum(self.positions(step), n - 1))
+        return tuple(self.reader.cache.token(int(r)) for r in rows)
+
+    def packed(self, step: int) -> Packed:
+        positions = self.positions(step)
+        padding = positions >= len(self.order)  # only without drop_last: repeats of the last row that no metric counts
+        inside = np.minimum(positions, len(self.order) - 1)
+        rows = self.order.at(self.epoch, inside)
+        samples = [self.reader.read(int(r), epoch=self.epoch, position=int(p)) for r, p in zip(rows, inside, strict=True)]
+        out = pack(samples, [self.reader.cache.token(int(r)) for r in rows])
+        if padding.any():
+            out.tensors["padding"] = torch.from_numpy(padding)
+        return out
+
+
+class _Steps(torch.utils.data.Dataset[Any]):
+    """Map-style view of a source for torch's DataLoader. Known errors travel as values: re-raising in the parent by
+    DataLoader would lose their details."""
+
+    def __init__(self, source: _Source) -> None:
+        self.source = source
+
+    def __getitem__(self, step: int) -> Packed | ImkdError:
+        try:
+            return self.source.packed(step)
+        except ImkdError as error:
+            return error
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+class Stream:
+    """An iterable of batches. Each ``iter`` runs from the current position to the end of the epoch, then the next ``iter``
+    begins the next epoch. ``len`` = steps of a whole epoch on this rank.
+
+    ``state_dict`` counts what was handed out; it holds the cache's identity, the selection, seed, epoch and samples
+    consumed, and is independent of ranks and workers.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        request: StreamRequest,
+        order: Order,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        drop_last: bool = True,
+        device: torch.device | str = "cpu",
+        epoch: int = 0,
+        timeout_s: float = 120.0,
+    ) -> None:
+        if batch_size < 1 or not 0 <= rank < world:
+            raise UsageError("batch_size must be at least 1 and rank in 0..world-1", found=f"{batch_size}, {rank} of {world}")
+        self.cache, self.request, self.order = cache, request, order
+        self.batch_size, self.rank, self.world, self.workers = batch_size, rank, world, workers
+        self.drop_last, self.device, self.timeout_s = drop_last, torch.device(device), timeout_s
+        self.epoch, self.consumed = epoch, 0
+        self.reader = SampleReader(cache, read_rows(cache), request, seed=order.seed)
+        self.delivery = _delivery(cache, request)
+        if drop_last and len(order) < self.global_batch:
+            raise UsageError(
+                "fewer rows than one global batch",
+                expected=f"at least {self.global_batch} rows",
+                found=f"{len(order)} rows",
+                next="lower the batch size, or pass drop_last=False",
+            )
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per step over all ranks."""
+        return self.batch_size * self.world
+
+    def _steps_from(self, consumed: int) -> int:
+        left = len(self.order) - consumed
+        return max(0, left // self.global_batch if self.drop_last else math.ceil(left / self.global_batch))
+
+    def __len__(self) -> int:
+        return self._steps_from(0)
+
+    def identity(self) -> dict[str, Any]:
+        """What a saved state must share with this stream."""
+        return {
+            "cache": self.cache.id,
+            "selection": selection_hash(self.order.rows),
+            "seed": self.order.seed,
+            "shuffle": self.order.shuffle,
+            "fields": {n: self.cache.fields[n].version for n in sorted(self.reader.fields)},
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready state."""
+        return {**self.identity(), "epoch": self.epoch, "consumed": self.consumed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where the state was taken. Errors: MismatchError listing what differs."""
+        check_state(self.identity(), state)
+        self.epoch, self.consumed = int(state["epoch"]), int(state["consumed"])
+
+    def __iter__(self) -> Iterator[Batch]:
+        for packed in self._packed():
+            batch = self.delivery.batch(packed, self.device)
+            self.consumed += self.global_batch
+            yield batch
+        self.epoch, self.consumed = self.epoch + 1, 0
+
+    def _packed(self) -> Iterator[Packed]:
+        steps = self._steps_from(self.consumed)
+        source = _Source(self.reader, self.order, self.epoch, self.consumed, self.batch_size, self.rank, self.world)
+        if steps == 0:
+            return
+        if self.workers == 0:
+            for step in range(steps):
+                yield source.packed(step)
+            return
+        yield from self._from_workers(source, steps)
+
+    def _from_workers(self, source: _Source, steps: int) -> Iterator[Packed]:
+        loader = torch.utils.data.DataLoader(
+            _Steps(source),
+            batch_size=None,
+            sampler=range(steps),
+            num_workers=min(self.workers, steps),
+            multiprocessing_context="spawn",
+            prefetch_factor=2,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_one_thread,
+            timeout=self.timeout_s,
+        )
+        step = 0
+        try:
+            for value in loader:
+                if isinstance(value, ImkdError):
+                    raise value
+                yield value
+                step += 1
+        except RuntimeError as error:
+            raise self._worker_error(error, source, step) from error
+
+    def _worker_error(self, error: RuntimeError, source: _Source, step: int) -> ImkdError:
+        """A worker that died or hung: say what it was doing."""
+        tokens = ", ".join(t[:12] for t in source.tokens(step))
+        text = str(error)
+        if "timed out" in text:
+            return NoProgressError(
+                f"no batch arrived within {self.timeout_s:g} s",
+                token=tokens,
+                next="look at the disk and the workers (py-spy dump); --set loader.workers=0 shows the error itself",
+            )
+        return StorageError(
+            "a loader worker died",
+            found=text.splitlines()[0] if text else "",
+            token=tokens,
+            next="/dev/shm may be too small (docker run --shm-size=8g), or memory ran out; try --set loader.workers=0",
+        )
+
+    def at_epoch(self, epoch: int) -> Stream:
+        """Go to the start of an epoch."""
+        self.epoch, self.consumed = epoch, 0
+        return self
+
+
+def _delivery(cache: Cache, request: StreamRequest) -> Delivery:
+    recipe = cache.recipe
+    return Delivery(
+        request=request,
+        plane_grid=recipe.grid,
+        view_grid=recipe.view_grid,
+        z_of_code=tuple(z_from_code(np.arange(256), recipe).tolist()),
+    )
+
+
+def stream(
+    cache: Cache,
+    batch_size: int,
+    *,
+    split: str = "train",
+    history: Sequence[int] = (0,),
+    fields: Iterable[str] | None = None,
+    augment: AugmentConfig | bool | None = None,
+    seed: int = 0,
+    epoch: int = 0,
+    shuffle: Shuffle = "global",
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    image_hw_px: tuple[int, int] | None = None,
+    grid: BevGrid | None = None,
+    drop_last: bool = True,
+    rows: Sequence[int] | None = None,
+    radar_filter: str = "crn",
+    radar_features: Sequence[str] = ("rcs_dbsm",),
+    radar_sweeps: int = 0,
+    lidar_sweeps: int = 0,
+    intensity_from: str = "planes",
+    device: torch.device | str = "cpu",
+    timeout_s: float = 120.0,
+) -> Stream:
+    """Batches of a cache, in frame bev, for any torch loop.
+
+    Args:
+        cache: an opened cache. batch_size: samples per rank and step.
+        split: ``train`` (every training split of the cache), ``val``, ``all``, or a split's name.
+        history: keyframe offsets, newest first; slots before a clip's start repeat its oldest keyframe.
+        fields: parts (``images, depth, boxes, radar_points, lidar_points, lidar_intensity, intensity_planes``) or field
+            names; None = every part that the cache holds.
+        augment: a config, True for the defaults, None or False for none.
+        shuffle: ``global``, ``block`` (few shards at a time: remote or spinning disks) or ``none``.
+        image_hw_px: delivered image size, default the public 256 x 704 scaled to the data set's aspect ratio.
+        grid: grid of the intensity map, default the cache's view grid.
+        drop_last: drop the last incomplete global batch; False pads it with rows marked in ``padding_B``.
+        rows: an explicit selection (global row numbers, repetition allowed) instead of a split.
+
+    Raises:
+        MissingFeatureError: the cache lacks a field; names the command that adds it. UsageError, MismatchError: else.
+    """
+    config = IDENTITY if augment in (None, False) else AugmentConfig() if augment is True else augment
+    assert isinstance(config, AugmentConfig)
+    table = read_rows(cache)
+    check_no_scene_in_two_splits(cache)
+    chosen = select_rows(table, split) if rows is None else np.asarray(rows, dtype=np.int64)
+    full_h, full_w = cache.suite.image_hw_px
+    default_hw = (round(full_h * 256 / 900), round(full_w * 704 / 1600))
+    request = StreamRequest(
+        parts=available_parts(cache) if fields is None else normalised_parts(fields),
+        grid=grid or cache.recipe.view_grid,
+        image_hw_px=(int(image_hw_px[0]), int(image_hw_px[1])) if image_hw_px else default_hw,
+        history=tuple(history),
+        augment=config,
+        radar_filter=radar_filter,
+        radar_features=tuple(radar_features),
+        radar_sweeps=radar_sweeps,
+        lidar_sweeps=lidar_sweeps,
+        intensity_from=intensity_from,
+    )
+    check_request(cache, request)
+    shards = np.array([table.shard[table.at(int(r))] for r in chosen]) if shuffle == "block" else None
+    order = Order(rows=chosen, seed=seed, shuffle=shuffle, shards=shards)
+    return Stream(
+        cache,
+        request,
+        order,
+        batch_size=batch_size,
+        rank=rank,
+        world=world,
+        workers=workers,
+        drop_last=drop_last,
+        device=device,
+        epoch=epoch,
+        timeout_s=timeout_s,
+    )
+
+
+def held_out_rows(cache: Cache, rows: Iterable[int]) -> list[int]:
+    """Rows that belong to no training split; training on them is refused by the trainer."""
+    table = read_rows(cache)
+    trains = {i for i, n in enumerate(table.split_names) if n in TRAIN_SPLITS}
+    return [int(r) for r in rows if int(table.split[table.at(int(r))]) not in trains]

@@ -1,0 +1,324 @@
+"""A run: everything that decides what training does, as one frozen value with a JSON form.
+
+``Run.from_dict(run.as_dict()) == run``; unknown keys are errors. ``with_settings`` applies ``--set key=value``: a key is a
+dotted path (``optim.lr``), a top-level name (``seed``), an option of the method (``stage2_label``), or a name that only one
+section has (``lr``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from imkd_data.errors import MismatchError, RecipeError, UsageError
+from imkd_data.loader.augment import AugmentConfig
+from imkd_data.recipe import canonical_json
+
+__all__ = ["LoaderConfig", "OptimConfig", "Run", "check_resumable", "parse_settings"]
+
+SCHEDULES = ("constant", "step", "cosine", "one_cycle")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+COUNTED = ("parameters", "modules", "macs")  # `imkd runs show` adds them; reading a configuration ignores them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule.
+
+    milestones: epochs after which ``step`` multiplies lr by gamma. one_cycle: to lr over warmup_share of all steps, then
+    cosine to 0. warmup_steps: linear from 0 before any schedule. clip: gradient norm, 0 = none. ema: decay of the averaged
+    copy that is deployed, 0 = none. backbone_factor: lr factor of the image backbone.
+    """
+
+    lr: float = 2e-4
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: str = "step"
+    milestones: tuple[float, ...] = (19.0, 23.0)
+    gamma: float = 0.1
+    warmup_steps: int = 0
+    warmup_share: float = 0.3
+    clip: float = 5.0
+    ema: float = 0.0
+    backbone_factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderConfig:
+    """What the stream delivers. split: rows to train on. radar_filter: none | devkit | crn. *_sweeps: newest scans used,
+    0 = all stored. intensity_from: source of a moved ``lidar_intensity``: planes | view."""
+
+    split: str = "train"
+    shuffle: str = "global"
+    workers: int = 2
+    radar_filter: str = "crn"
+    radar_sweeps: int = 6
+    lidar_sweeps: int = 0
+    intensity_from: str = "planes"
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One training run.
+
+    model: configuration of the network (``kind`` student | lidar | label | fusion). method, options: distillation.
+    batch_size: samples per device and step; global_batch: samples per optimiser step over all devices (0 = batch_size
+    times devices; the difference is made up by accumulation). epochs or max_steps end the run (max_steps wins when set).
+    validate_every: steps between validations by the official metric, 0 = never. checkpoint_every: steps, 0 = at the end
+    of every epoch. stages: a run of several networks trains them in order; a stage named ``teacher``, ``label`` or
+    ``student`` gives its checkpoint to the later ones.
+    """
+
+    name: str
+    summary: str = ""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    method: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    epochs: int = 24
+    max_steps: int = 0
+    batch_size: int = 4
+    global_batch: int = 0
+    precision: str = "32-true"
+    checkpoint_every: int = 0
+    keep: int = 2
+    log_every: int = 10
+    validate_every: int = 0
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    stages: tuple[Run, ...] = ()
+
+    def __post_init__(self) -> None:
+        for key, value, allowed in (
+            ("optim.schedule", self.optim.schedule, SCHEDULES),
+            ("precision", self.precision, PRECISIONS),
+            ("loader.shuffle", self.loader.shuffle, ("global", "block", "none")),
+            ("loader.radar_filter", self.loader.radar_filter, ("none", "devkit", "crn")),
+            ("loader.intensity_from", self.loader.intensity_from, ("planes", "view")),
+        ):
+            if value not in allowed:
+                raise RecipeError(f"run setting {key}", expected=", ".join(allowed), found=str(value))
+        if self.batch_size < 1 or self.keep < 1 or self.max_steps < 0 or self.epochs < 0:
+            raise RecipeError("batch_size and keep must be at least 1, max_steps and epochs at least 0", found=self.name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form; ``from_dict`` reads it back."""
+        out = {f.name: getattr(self, f.name) for f in fields(self)}
+        out["optim"] = asdict(self.optim)
+        out["loader"] = {**asdict(self.loader), "augment": self.loader.augment.as_dict()}
+        out["stages"] = [s.as_dict() for s in self.stages]
+        return json.loads(canonical_json({**out, "model": dict(self.model), "options": dict(self.options)}))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Run:
+        """From the JSON form. Errors: RecipeError naming unknown, missing or mistyped keys."""
+        values = {k: v for k, v in value.items() if k not in COUNTED}
+        _known(cls, values, "run")
+        if "optim" in values:
+            values["optim"] = _section(OptimConfig, values["optim"], "optim")
+        if "loader" in values:
+            loader = dict(values["loader"])
+            if "augment" in loader:
+                loader["augment"] = AugmentConfig.from_dict(loader["augment"])
+            values["loader"] = _section(LoaderConfig, loader, "loader")
+        values["stages"] = tuple(cls.from_dict(s) for s in values.get("stages", ()))
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise RecipeError(f"run cannot be read: {error}") from error
+
+    def with_values(self, **changes: Any) -> Run:
+        """A changed copy."""
+        return replace(self, **changes)
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Run:
+        """Apply ``--set`` values. In a run of several stages ``stage.key`` reaches one stage and a plain key every stage
+        that has it. Errors: UsageError naming the unknown key and close names."""
+        if not self.stages:
+            return _apply(self, settings)
+        names = {s.name: dict[str, Any]() for s in self.stages}
+        for key, value in settings.items():
+            first, _, rest = key.partition(".")
+            if rest and first in names:
+                names[first][rest] = value
+                continue
+            takers = [s.name for s in self.stages if _accepts(s, key)]
+            if not takers:
+                raise _unknown_key(self.stages[-1], key)
+            for name in takers:
+                names[name][key] = value
+        stages = tuple(_apply(s, names[s.name]) for s in self.stages)
+        own = {k: v for k, v in settings.items() if k == "seed"}
+        return _apply(replace(self, stages=stages), own)
+
+
+def _known(cls: type[Any], values: Mapping[str, Any], what: str) -> None:
+    known = [f.name for f in fields(cls)]
+    if unknown := sorted(set(values) - set(known)):
+        raise RecipeError(f"{what} has unknown keys", expected=", ".join(known), found=", ".join(unknown))
+
+
+def _section(cls: type[Any], value: Mapping[str, Any], what: str) -> Any:
+    _known(cls, value, what)
+    defaults = cls()
+    return cls(**{k: _typed(f"{what}.{k}", v, getattr(defaults, k)) for k, v in value.items()})
+
+
+_SWITCH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
+
+
+def _typed(key: str, value: Any, example: Any) -> Any:
+    """The value in the type of ``example``; strings from the command line are read as JSON."""
+    if isinstance(example, bool) and isinstance(value, str) and value.lower() in _SWITCH:
+        return _SWITCH[value.lower()]
+    if isinstance(value, str) and not isinstance(example, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = [json.loads(v) for v in value.split(",")] if _all_numbers(value.split(",")) else value
+    fits = {
+        bool: lambda v: isinstance(v, bool),
+        int: lambda v: isinstance(v, int) and not isinstance(v, bool),
+        float: lambda v: False,
+        str: lambda v: isinstance(v, str),
+        tuple: lambda v: isinstance(v, list | tuple),
+        list: lambda v: isinstance(v, list | tuple),
+    }.get(type(example))
+    if isinstance(example, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if fits is not None and not fits(value):
+        raise RecipeError(f"setting {key}", expected=f"{type(example).__name__} like {example!r}", found=repr(value))
+    return tuple(value) if isinstance(example, tuple) else value
+
+
+def _all_numbers(parts: Iterable[str]) -> bool:
+    try:
+        return all(isinstance(json.loads(p), int | float) for p in parts)
+    except ValueError:
+        return False
+
+
+def _method_options(run: Run) -> dict[str, Any]:
+    if run.method is None:
+        return {}
+    from imkd_models.distill import METHODS
+
+    return dict(METHODS[run.method].options.defaults()) if run.method in METHODS else {}
+
+
+def _place(run: Run, key: str) -> tuple[str, ...] | None:
+    """Path of a setting inside the run, None where there is none."""
+    head, _, rest = key.partition(".")
+    sections: dict[str, Mapping[str, Any]] = {
+        "optim": asdict(run.optim),
+        "loader": asdict(run.loader),
+        "augment": run.loader.augment.as_dict(),
+        "model": run.model,
+        "options": {**_method_options(run), **run.options, "preset": ""} if run.method else {},
+    }
+    if rest:
+        if key.startswith("loader.augment."):
+            head, rest = "augment", key.removeprefix("loader.augment.")
+        return (head, rest) if rest in sections.get(head, {}) else None
+    if key in {f.name for f in fields(run)} - {"optim", "loader", "model", "options", "stages"}:
+        return (key,)
+    if key in sections["options"]:
+        return ("options", key)
+    homes = [s for s in ("optim", "loader", "augment", "model") if key in sections[s]]
+    return (homes[0], key) if len(homes) == 1 else None
+
+
+def _accepts(run: Run, key: str) -> bool:
+    return _place(run, key) is not None
+
+
+def _unknown_key(run: Run, key: str) -> UsageError:
+    names = [f.name for f in fields(run)] + [f"optim.{f.name}" for f in fields(OptimConfig)]
+    names += [f"loader.{f.name}" for f in fields(LoaderConfig)] + [f"augment.{f.name}" for f in fields(AugmentConfig)]
+    names += [f"model.{k}" for k in run.model] + list(_method_options(run))
+    tail = {n.rpartition(".")[2]: n for n in names}
+    close = difflib.get_close_matches(key, names, 4, 0.5) or [tail[k] for k in difflib.get_close_matches(key, tail, 4, 0.5)]
+    method = f"; method {run.method}" if run.method else "; no --method is set, so method options are unknown"
+    return UsageError(
+        f"no setting {key!r} in run {run.name}{method}",
+        expected=", ".join(close) or "see `imkd runs show NAME` and `imkd methods`",
+        found=key,
+    )
+
+
+def _apply(run: Run, settings: Mapping[str, Any]) -> Run:
+    for key, value in settings.items():
+        place = _place(run, key)
+        if place is None:
+            raise _unknown_key(run, key)
+        if len(place) == 1:
+            example = getattr(run, key)
+            run = replace(run, **{key: value if example is None else _typed(key, value, example)})
+            continue
+        section, leaf = place
+        if section == "options":  # the method's own options class gives the type
+            run = replace(run, options={**run.options, leaf: value})
+        elif section == "model":
+            example = run.model[leaf]
+            run = replace(run, model={**run.model, leaf: _model_value(leaf, value, example)})
+        elif section == "augment":
+            changed = replace(run.loader.augment, **{leaf: _typed(key, value, getattr(run.loader.augment, leaf))})
+            run = replace(run, loader=replace(run.loader, augment=changed))
+        else:
+            config = getattr(run, section)
+            run = replace(run, **{section: replace(config, **{leaf: _typed(key, value, getattr(config, leaf))})})
+    return run
+
+
+def _model_value(leaf: str, value: Any, example: Any) -> Any:
+    if example is None and isinstance(value, str):
+        return None if value in ("null", "none") else value
+    typed = _typed(f"model.{leaf}", value, example)
+    return list(typed) if isinstance(typed, tuple) else typed
+
+
+def parse_settings(items: Iterable[str]) -> dict[str, str]:
+    """``("optim.lr=1e-3", "seed=2")`` -> dict of strings. Errors: UsageError for an item without ``=``."""
+    out = {}
+    for item in items:
+        key, sign, value = item.partition("=")
+        if not sign or not key:
+            raise UsageError("--set needs key=value", found=item)
+        out[key.strip()] = value.strip()
+    return out
+
+
+# What may differ between the saved run and the resumed one; everything else is refused.
+FREE = frozenset({"summary", "checkpoint_every", "keep", "log_every", "validate_every", "max_steps", "epochs", "batch_size"})
+
+
+def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Compare two runs' JSON forms (with ``global_batch`` resolved). Errors: MismatchError with every difference."""
+    wrong = [
+        (path, a, b)
+        for path, a, b in _differences(saved, now)
+        if path.split(".")[0] not in FREE and path not in ("loader.workers",)
+    ]
+    for key in ("max_steps", "epochs"):
+        if now.get(key, 0) and saved.get(key, 0) and now[key] < saved[key]:
+            wrong.append((f"{key} (may only grow)", saved[key], now[key]))
+    if wrong:
+        raise MismatchError(
+            "the run was started with another configuration: " + ", ".join(p for p, _, _ in wrong),
+            expected="; ".join(f"{p} {a!r}" for p, a, _ in wrong),
+            found="; ".join(f"{p} {b!r}" for p, _, b in wrong),
+            next="resume with the saved values (they stand in checkpoint.json), or start anew in another --out",
+        )
+
+
+def _differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        out = []
+        for key in sorted(set(a) | set(b)):
+            out += _differences(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))
+        return out
+    return [] if a == b else [(path, a, b)]
