@@ -12,11 +12,11 @@ from imkd_models.distill.base import (
     FrozenTeacher,
     Method,
     Needs,
-    Options,
     check_needs,
     gradient_norms,
 )
 from imkd_models.distill.joined import make_method
+from imkd_models.distill.options import Options
 
 __all__ = [
     "METHODS",

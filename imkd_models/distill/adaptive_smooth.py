@@ -20,7 +20,8 @@ from imkd_data.errors import MismatchError, RecipeError
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import Batch, BoxBatch
 from imkd_models.blocks import conv_norm_relu
-from imkd_models.distill.base import HEAD, Distiller, FrozenTeacher, Method, Needs, Options, option
+from imkd_models.distill.base import HEAD, Distiller, FrozenTeacher, Method, Needs
+from imkd_models.distill.options import Options, option
 from imkd_models.distill.terms import all_mean, all_sum, head_targets, heatmaps_at, quality_focal, smooth_l1
 from imkd_models.head import stacked_box_maps
 from imkd_models.outputs import HeadMaps, Outputs

@@ -1,4 +1,4 @@
-"""What all distillation methods share: documented options, declared needs, frozen teachers, the distiller itself.
+"""What all distillation methods share: declared needs, frozen teachers, the distiller itself.
 
 A distiller is a module over (student outputs, teachers' outputs, batch). It declares the names it needs, which are
 checked before the first step; it runs in float32 with autocast off; nothing of it is in an exported student.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from imkd_data.errors import MismatchError, MissingFeatureError, RecipeError
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import Batch
+from imkd_models.distill.options import Options
 from imkd_models.outputs import HeadMaps, Outputs
 
 __all__ = [
@@ -24,99 +25,14 @@ __all__ = [
     "FrozenTeacher",
     "Method",
     "Needs",
-    "Options",
     "check_needs",
     "gradient_norms",
     "head_in_float32",
-    "option",
 ]
 
 # Names a method may ask of the batch, and the loader that gives them.
 BATCH_PARTS: tuple[str, ...] = ("boxes", "lidar_intensity", "intensity_planes", "lidar_points", "radar_points")
 HEAD = "head"
-
-
-def option(
-    default: Any, doc: str, *, choices: tuple[Any, ...] = (), low: float | None = None, high: float | None = None
-) -> Any:
-    """A documented dataclass field of an ``Options`` class; the limits are inclusive."""
-    metadata = {"doc": doc, "choices": choices, "low": low, "high": high}
-    if isinstance(default, dict | list):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-_SWITCH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
-
-
-def _coerced(name: str, value: Any, default: Any, choices: tuple[Any, ...]) -> Any:
-    """The value in the type of its default: command lines give strings, JSON gives lists."""
-    if choices and isinstance(value, bool) and not isinstance(default, bool):
-        return "on" if value else ("off" if "off" in choices else "none")  # a parser has read on/off as a truth value
-    if isinstance(default, bool) and isinstance(value, str) and value.lower() in _SWITCH:
-        return _SWITCH[value.lower()]
-    if isinstance(default, bool) or isinstance(value, bool):
-        if not (isinstance(default, bool) and isinstance(value, bool)):
-            raise RecipeError(f"option {name}", expected=type(default).__name__, found=repr(value))
-        return value
-    if isinstance(default, tuple):
-        parts = [p for p in value.split(",") if p] if isinstance(value, str) else list(value)
-        return tuple(parts)
-    try:
-        if isinstance(default, float):
-            return float(value)
-        if isinstance(default, int) and float(value) == int(float(value)):
-            return int(float(value))
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"option {name}", expected=f"a number like {default}", found=repr(value)) from error
-    return value
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Base of all method options: unknown keys, wrong types, choices and limits are errors that name the option."""
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            value, choices = getattr(self, f.name), f.metadata.get("choices", ())
-            low, high = f.metadata.get("low"), f.metadata.get("high")
-            members = value if isinstance(value, tuple) else (value,)
-            if choices and any(v not in choices for v in members):
-                raise RecipeError(f"option {f.name}", expected=" | ".join(map(str, choices)), found=repr(value))
-            if (low is not None and value < low) or (high is not None and value > high):
-                raise RecipeError(f"option {f.name} out of range", expected=f"{low} to {high}", found=repr(value))
-
-    @classmethod
-    def defaults(cls) -> dict[str, Any]:
-        """Default of every option."""
-        return {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(cls)}  # type: ignore[misc]
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Any:
-        """From a run configuration or ``--set`` values.
-
-        Raises:
-            RecipeError: an unknown key, a wrong type, a value outside its choices or limits.
-        """
-        defaults = cls.defaults()
-        unknown = sorted(set(values) - set(defaults))
-        if unknown:
-            raise RecipeError(f"{cls.__name__} has no option {', '.join(unknown)}", expected=", ".join(defaults))
-        choices = {f.name: f.metadata.get("choices", ()) for f in fields(cls)}
-        return cls(**{k: _coerced(k, v, defaults[k], choices[k]) for k, v in values.items()})
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON form; ``from_dict`` reads it back."""
-        return {
-            f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else (dict(v) if isinstance(v, dict) else v)
-            for f in fields(self)
-        }
-
-    @classmethod
-    def describe(cls) -> list[dict[str, Any]]:
-        """One object an option: name, default, choices, low, high, doc."""
-        defaults = cls.defaults()
-        return [{"name": f.name, "default": defaults[f.name], **f.metadata} for f in fields(cls)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,8 +231,9 @@ class Distiller(nn.Module):
     """Base of the methods.
 
     ``forward(student, teachers, batch)`` returns *weighted* loss terms by log name; their sum is added to the student's
-    own loss. Terms named in ``warmup_exempt`` take no part in the warm-up. ``diagnostics`` holds the detached quantities of the last call (unweighted terms, mask areas, ...).
-    ``no_decay`` names parameters that weight decay must not touch. Sub-classes give ``terms``.
+    own loss. ``diagnostics`` holds detached quantities of the last call (mask areas, running statistics, ...). Terms
+    named in ``warmup_exempt`` take no part in the warm-up. ``no_decay``: ends of the names of parameters that weight
+    decay must not touch. Sub-classes give ``terms``.
     """
 
     no_decay: ClassVar[tuple[str, ...]] = ()

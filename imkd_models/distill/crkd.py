@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from imkd_data.errors import MismatchError, RecipeError
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import Batch, BoxBatch
-from imkd_models.distill.base import HEAD, Distiller, FrozenTeacher, Method, Needs, Options, option
+from imkd_models.distill.base import HEAD, Distiller, FrozenTeacher, Method, Needs
+from imkd_models.distill.options import Options, option
 from imkd_models.distill.terms import (
     grown_sizes,
     half_square_on_mask,
@@ -55,7 +56,9 @@ class CrkdOptions(Options):
         "class groups: 2 for dynamic and 1 for static ones, the reverse, or 1",
         choices=("dynamic", "static", "uniform"),
     )
-    group_weight_by_name: dict[str, float] = option({}, "explicit weights, e.g. {'truck+construction_vehicle': 2}; all groups")
+    group_weight_by_name: Mapping[str, float] = option(
+        {}, "explicit weights, e.g. {'truck+construction_vehicle': 2}; all groups"
+    )
     velocity_weight: float = option(1.0, "factor of the two velocity values in the response boxes", low=0)
     lambda_csrd: float = option(100.0, "weight of cross-stage radar distillation", low=0)
     csrd_target: str = option(

@@ -19,8 +19,9 @@ from imkd_data.errors import MismatchError, RecipeError
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import Batch
 from imkd_models.blocks import BasicBlock, cell_index, conv_norm_relu
-from imkd_models.distill.base import HEAD, Distiller, FrozenTeacher, Method, Needs, Options, option
+from imkd_models.distill.base import HEAD, Distiller, FrozenTeacher, Method, Needs
 from imkd_models.distill.intensity import CONTROLS, FROM, NORMALISE, PART_OF, SOURCES, IntensityRule, intensity_maps
+from imkd_models.distill.options import Options, option
 from imkd_models.distill.terms import (
     all_mean,
     bernoulli_kl,
@@ -251,7 +252,7 @@ class Imkd(Distiller):
 
     def terms(self, student: Outputs, teachers: Mapping[str, Outputs], batch: Batch) -> dict[str, Tensor]:
         o, active, out = self.o, self.o.active, {}
-        lidar = teachers["lidar"] if "lidar" in teachers else None
+        lidar = teachers.get("lidar")
         intensity: dict[str, Tensor] = {}
         if o.intensity_maps_of and lidar is not None:
             wanted = {n: lidar.features[n] for n in o.intensity_maps_of}

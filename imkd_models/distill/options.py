@@ -1,0 +1,94 @@
+"""Method options: frozen dataclasses whose fields carry their documentation, choices and limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from imkd_data.errors import RecipeError
+
+__all__ = ["Options", "option"]
+
+
+def option(
+    default: Any, doc: str, *, choices: tuple[Any, ...] = (), low: float | None = None, high: float | None = None
+) -> Any:
+    """A documented dataclass field of an ``Options`` class; the limits are inclusive."""
+    metadata = {"doc": doc, "choices": choices, "low": low, "high": high}
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+_SWITCH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
+
+
+def _coerced(name: str, value: Any, default: Any, choices: tuple[Any, ...]) -> Any:
+    """The value in the type of its default: command lines give strings, JSON gives lists."""
+    if choices and isinstance(value, bool) and not isinstance(default, bool):
+        return "on" if value else ("off" if "off" in choices else "none")  # a parser has read on/off as a truth value
+    if isinstance(default, bool) and isinstance(value, str) and value.lower() in _SWITCH:
+        return _SWITCH[value.lower()]
+    if isinstance(default, bool) or isinstance(value, bool):
+        if not (isinstance(default, bool) and isinstance(value, bool)):
+            raise RecipeError(f"option {name}", expected=type(default).__name__, found=repr(value))
+        return value
+    if isinstance(default, tuple):
+        parts = [p for p in value.split(",") if p] if isinstance(value, str) else list(value)
+        return tuple(parts)
+    try:
+        if isinstance(default, float):
+            return float(value)
+        if isinstance(default, int) and float(value) == int(float(value)):
+            return int(float(value))
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"option {name}", expected=f"a number like {default}", found=repr(value)) from error
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of all method options: unknown keys, wrong types, choices and limits are errors that name the option."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata.get("choices", ())
+            low, high = f.metadata.get("low"), f.metadata.get("high")
+            members = value if isinstance(value, tuple) else (value,)
+            if choices and any(v not in choices for v in members):
+                raise RecipeError(f"option {f.name}", expected=" | ".join(map(str, choices)), found=repr(value))
+            if (low is not None and value < low) or (high is not None and value > high):
+                raise RecipeError(f"option {f.name} out of range", expected=f"{low} to {high}", found=repr(value))
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Default of every option."""
+        return {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(cls)}  # type: ignore[misc]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Any:
+        """From a run configuration or ``--set`` values.
+
+        Raises:
+            RecipeError: an unknown key, a wrong type, a value outside its choices or limits.
+        """
+        defaults = cls.defaults()
+        unknown = sorted(set(values) - set(defaults))
+        if unknown:
+            raise RecipeError(f"{cls.__name__} has no option {', '.join(unknown)}", expected=", ".join(defaults))
+        choices = {f.name: f.metadata.get("choices", ()) for f in fields(cls)}
+        return cls(**{k: _coerced(k, v, defaults[k], choices[k]) for k, v in values.items()})
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form; ``from_dict`` reads it back."""
+        return {
+            f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else (dict(v) if isinstance(v, dict) else v)
+            for f in fields(self)
+        }
+
+    @classmethod
+    def describe(cls) -> list[dict[str, Any]]:
+        """One object an option: name, default, choices, low, high, doc."""
+        defaults = cls.defaults()
+        return [{"name": f.name, "default": defaults[f.name], **f.metadata} for f in fields(cls)]
