@@ -78,7 +78,9 @@ def encode_row(array: NDArray[Any], codec: str) -> bytes:
         body = blosc.compress(data, b"zstd", 3, blosc.SHUFFLE, 0, data.dtype.itemsize)
     else:
         body = data.tobytes()
-    return bytes(body) + google_crc32c.value(bytes(body)).to_bytes(4, "little")
+    data_bytes = bytes(body)
+    crc: int = google_crc32c.value(data_bytes)
+    return data_bytes + crc.to_bytes(4, "little")
 
 
 def decode_row(chunk: bytes, codec: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:

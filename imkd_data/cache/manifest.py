@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,17 @@ __all__ = ["group_json", "manifest_bytes", "notice_bytes", "read_manifest", "sui
 def suite_from_json(value: Mapping[str, Any]) -> SensorSuite:
     """The sensor suite kept in the group metadata, so that opening needs no raw data."""
     try:
-        return SensorSuite(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+        facts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+        return SensorSuite(**facts)
     except TypeError as error:
         raise CacheDamageError(f"the sensor suite cannot be read: {error}", rule="suite") from error
 
 
 def group_json(suite: SensorSuite, shards: tuple[Shard, ...]) -> bytes:
     """Canonical ``arrays.zarr/zarr.json``: the Zarr group, with the suite and the shard table as attributes."""
-    attributes = {"imkd_format": FORMAT, "suite": asdict(suite), "shards": [s.as_json() for s in shards]}
+    facts = {f.name: getattr(suite, f.name) for f in dataclass_fields(suite)}
+    facts = {k: dict(v) if isinstance(v, Mapping) else v for k, v in facts.items()}
+    attributes = {"imkd_format": FORMAT, "suite": facts, "shards": [s.as_json() for s in shards]}
     return canonical_json({"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
 

@@ -303,7 +303,8 @@ class Cache:
                     f"the cache holds no {column} {', '.join(unknown)}", expected=", ".join(sorted(set(values.tolist()))[:20])
                 )
             keep &= np.isin(values, sorted(names))
-        return self._rows[keep]
+        rows: NDArray[np.int64] = self._rows[keep]
+        return rows
 
     # Reading
 

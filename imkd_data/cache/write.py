@@ -42,6 +42,7 @@ class ShardJob:
     tokens: tuple[str, ...]
     fields: tuple[str, ...]
     remove: frozenset[str] = frozenset()
+    skip: frozenset[str] = frozenset()  # tokens that killed their worker: holes without a try
     keys: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
     parts: Mapping[str, str] = field(default_factory=dict)
@@ -119,6 +120,10 @@ def build_shard(
     for position, sample in enumerate(samples):
         if on_sample:
             on_sample(position, sample.token)
+        if sample.token in job.skip:
+            for column in columns.values():
+                _hole(column, position, sample.token, "the sample killed its worker")
+            continue
         fault.point(f"sample@{sample.token}")
         try:
             _sample(job, position, sample, reader, recipe, fields, columns, upstream, options)
@@ -176,9 +181,7 @@ def _sample(
         except Exception as error:
             if not options.quarantine:
                 raise _explained(error, name) from error
-            column.chunks.append(None)
-            column.parts.append(None)
-            column.holes.append([position, sample.token, str(error).splitlines()[0][:200] or type(error).__name__])
+            _hole(column, position, sample.token, (str(error).splitlines() or [type(error).__name__])[0][:200])
             continue
         column.files += payloads.files_of(one.needs)
         for reason, count in drops.items():
@@ -189,6 +192,12 @@ def _sample(
             column.summary[str(position)] = facts
         if any(name in fields[other].upstream for other in job.fields):
             fresh[name] = stored
+
+
+def _hole(column: _Column, position: int, token: str, reason: str) -> None:
+    column.chunks.append(None)
+    column.parts.append(None)
+    column.holes.append([position, token, reason])
 
 
 def _explained(error: Exception, name: str) -> Exception:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,16 @@ def execute(
         if check_space:
             _check_space(out, plan)
         finish.write_start(out, plan, update=update, fsync=options.fsync)
-        common = Common(spec=resolved.spec, recipe=resolved.recipe, fields=resolved.fields, out=out.resolve(), options=options)
+        token = secrets.token_hex(4)
+        common = Common(
+            spec=replace(resolved.spec, dataroot=resolved.spec.dataroot.expanduser().resolve()),
+            recipe=resolved.recipe,
+            fields=resolved.fields,
+            out=out.resolve(),
+            options=options,
+            stop_file=out.resolve() / "logs" / "working" / f"stop-{token}",
+            token=token,
+        )
         tally = _run(engine, common, plan, out, tell)
         engine.stop.check()
         end = finish.write_end(out, plan, fsync=options.fsync)

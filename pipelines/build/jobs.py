@@ -33,6 +33,8 @@ class Common:
     fields: Mapping[str, CacheField]
     out: Path
     options: Options
+    stop_file: Path | None = None  # workers elsewhere stop between samples once it exists
+    token: str = ""  # tells the tasks of this build from those of an earlier one on the same cluster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,161 @@
+"""Dask as the executor: a local cluster of processes, or a running one by address. Not the data model: no Dask arrays."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from imkd_data.cache.write import ShardJob
+from imkd_data.errors import ImkdError, InputDataError, NoProgressError, SourceMissingError
+from pipelines.build.jobs import Common, Done, pack, run_job
+from pipelines.build.pool import TRIES, Deaths, _interrupts_ignored
+
+if TYPE_CHECKING:
+    from pipelines.build.engine import Engine
+
+__all__ = ["run_dask"]
+
+
+def _work(packed: bytes, job: ShardJob) -> Done:
+    """A Dask task: one shard. Stops between samples once the build's stop file is there."""
+    from pipelines.build.jobs import opened
+
+    stop = opened(packed)[0].stop_file
+    return run_job(packed, job, (lambda: stop.exists()) if stop else None)
+
+
+@contextlib.contextmanager
+def _client(engine: Engine) -> Iterator[Any]:
+    """A client of the given scheduler, or of a new local cluster that listens on 127.0.0.1 only and has no dashboard."""
+    import dask
+    from distributed import Client, LocalCluster
+
+    if "://" in engine.executor:
+        try:
+            with Client(engine.executor, timeout=20, set_as_default=False) as client:
+                yield client
+        except OSError as error:
+            raise SourceMissingError(
+                "the Dask scheduler does not answer",
+                rule="dask.address",
+                found=engine.executor,
+                next="dask scheduler; then try again",
+            ) from error
+        return
+    settings = {
+        "distributed.scheduler.allowed-failures": TRIES - 1,
+        "distributed.worker.memory.terminate": 0.98,
+        "distributed.admin.large-graph-warning-threshold": "1GB",
+        "distributed.comm.timeouts.connect": "20s",
+    }
+    with dask.config.set(settings):
+        with _interrupts_ignored():
+            cluster = LocalCluster(
+                n_workers=engine.workers,
+                threads_per_worker=1,
+                processes=True,
+                host="127.0.0.1",
+                dashboard_address=None,
+                memory_limit=engine.memory_bytes,
+                silence_logs=logging.CRITICAL,
+            )
+        try:
+            with Client(cluster, set_as_default=False) as client:
+                yield client
+        finally:
+            cluster.close(timeout=8)
+
+
+def run_dask(engine: Engine, common: Common, jobs: Sequence[ShardJob]) -> Iterator[Done]:
+    """Jobs as Dask tasks ``build-<split>-shard-<n>``, two per worker in flight. Names the sample when a task kills its workers,
+    after all other shards are complete."""
+    from distributed import wait
+
+    if not jobs:
+        return
+    packed = pack(common)
+    failed: list[ImkdError] = []
+    deaths = Deaths(common.out)
+    todo = iter(jobs)
+    running: dict[Any, ShardJob] = {}
+    last = time.monotonic()
+    with _client(engine) as client:
+        try:
+            while True:
+                window = 2 * max(1, _workers(client) or engine.workers)
+                while len(running) < window and (job := next(todo, None)) is not None:
+                    key = f"build-{job.shard.split}-shard-{job.shard.number:05d}-{common.token}"
+                    running[client.submit(_work, packed, job, key=key, pure=False)] = job
+                if not running:
+                    break
+                with contextlib.suppress(TimeoutError), client.as_current():
+                    wait(list(running), timeout=0.5, return_when="FIRST_COMPLETED")
+                engine.stop.check()
+                for future in [f for f in running if f.done()]:
+                    job = running.pop(future)
+                    last = time.monotonic()
+                    done = _outcome(future, job, engine, deaths)
+                    if isinstance(done, Done):
+                        yield done
+                    else:
+                        failed.append(done)
+                    future.release()
+                _scheduler_alive(client)
+                engine.stalled(common.out, last)
+        except BaseException:
+            if common.stop_file:
+                with contextlib.suppress(OSError):
+                    common.stop_file.touch()
+            with contextlib.suppress(Exception):
+                client.cancel(list(running), force=True)
+            _drain(list(running))
+            raise
+    if failed:
+        raise (
+            failed[0]
+            if len(failed) == 1
+            else InputDataError(failed[0].what, rule=failed[0].rule, problems=tuple(failed), **failed[0].details)
+        )
+
+
+def _outcome(future: Any, job: ShardJob, engine: Engine, deaths: Deaths) -> Done | ImkdError:
+    """The result, or the error of a shard that kills its workers. Errors of the shard itself are raised."""
+    from distributed import CancelledError, KilledWorker
+
+    try:
+        return future.result()  # type: ignore[no-any-return]
+    except KilledWorker as error:
+        for _ in range(TRIES):
+            deaths.add(job.shard.number, None, "worker died (killed, crashed or out of memory)")
+        if engine.on_death:
+            engine.on_death(f"shard {job.shard.label}: {error}")
+        return deaths.error(job)
+    except CancelledError as error:
+        raise NoProgressError(
+            "the Dask scheduler lost the task or is gone",
+            rule="dask.lost",
+            shard=job.shard.label,
+            next="run the same command again",
+        ) from error
+
+
+def _workers(client: Any) -> int:
+    try:
+        return len(client.scheduler_info(n_workers=-1)["workers"])
+    except (TypeError, KeyError, OSError):
+        return 0
+
+
+def _scheduler_alive(client: Any) -> None:
+    if client.status not in ("running", "connecting", "newly-created"):
+        raise NoProgressError(
+            "the Dask scheduler is gone", rule="dask.lost", found=client.status, next="run the same command again"
+        )
+
+
+def _drain(futures: Sequence[Any]) -> None:
+    """Give running samples a moment to end; their shards stay unbuilt."""
+    time.sleep(0.2 if futures else 0)
