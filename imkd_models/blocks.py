@@ -104,9 +104,10 @@ class SecondBackbone(nn.Module):
         *,
         bias: bool = False,
         padding_mode: str = "zeros",
+        momentum: float = 0.01,
     ) -> None:
         super().__init__()
-        options = {"bias": bias, "padding_mode": padding_mode, "eps": 1e-3, "momentum": 0.01}
+        options = {"bias": bias, "padding_mode": padding_mode, "eps": 1e-3, "momentum": momentum}
         stages = []
         for out, depth, stride in zip(channels, layers, strides, strict=True):
             blocks = [conv_norm_relu(in_channels, out, stride=stride, **options)]

@@ -60,9 +60,7 @@ class ModelConfig:
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(value) - known)
         if unknown:
-            raise RecipeError(
-                f"{cls.kind} model has unknown keys", expected=", ".join(sorted(known)), found=", ".join(unknown)
-            )
+            raise RecipeError(f"{cls.kind} model has unknown keys", expected=", ".join(sorted(known)), found=", ".join(unknown))
         values = {k: _tuples(v) for k, v in value.items()}
         if isinstance(value.get("grid"), Mapping):
             values["grid"] = BevGrid(**value["grid"])
@@ -132,6 +130,7 @@ class StudentConfig(ModelConfig):
     radar_neck_channels: int = 128
     radar_head_channels: int = 192
     radar_states: bool = False
+    norm_momentum: float = 0.01  # of the radar encoder, as in mmdetection3d; short runs need 0.1
     radar_drop: float = 0.0
     calibration: bool = False
     calibration_init: str = "kaiming"
@@ -206,6 +205,7 @@ class LidarConfig(ModelConfig):
     pillar_channels: int = 64
     pillar_centre_values: int = 2  # offsets to the pillar centre: x, y (2) or x, y, z (3)
     points_per_pillar: int = 0
+    norm_momentum: float = 0.01
     z_range_m: tuple[float, float] = (-5.0, 3.0)
     intensity_scale: float = 1.0
     widths: tuple[int, int, int] = (64, 128, 256)

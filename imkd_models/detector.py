@@ -247,9 +247,7 @@ class StudentDetector(Detector):
             maps["bev_camera"] = pooled[:, : c.camera_channels]
             depth = depth.unflatten(0, (count, -1))
         if c.radar:
-            maps["bev_radar"] = (
-                pooled[:, c.camera_channels :] if self.perspective else self.radar(batch.radar, slot, count)
-            )
+            maps["bev_radar"] = pooled[:, c.camera_channels :] if self.perspective else self.radar(batch.radar, slot, count)
             if self.calibration is not None:
                 maps["bev_radar"] = self.calibration(maps["bev_radar"])
         if self.sim is not None:
@@ -366,9 +364,7 @@ class FusionDetector(Detector):
         check_grid(self.grid, batch)
         need(batch, "lidar", "images_BTVCHW", "image_from_camera_BTV33", "bev_from_camera_BTV44")
         camera, count = self.config.student, len(batch)
-        cells = frustum(
-            batch.image_from_camera_BTV33[:, 0], batch.bev_from_camera_BTV44[:, 0], batch.bev_from_ego_B44, camera
-        )
+        cells = frustum(batch.image_from_camera_BTV33[:, 0], batch.bev_from_camera_BTV44[:, 0], batch.bev_from_ego_B44, camera)
         plane, depth = self.camera.lift(self.camera.encode(batch, 0), cells, None)
         maps = {
             "bev_lidar": self.lidar_map(self.lidar(batch.lidar, count)["bev_neck"]),

@@ -138,9 +138,7 @@ class CentreHead(nn.Module):
             parts = [flat[i * step : (i + 1) * step] for i in range(len(self.groups))]
         names = [name for name, _ in BOX_VALUES]
         return tuple(
-            HeadMaps(
-                classes=group, heatmap_logits_BKYX=maps[-1], **dict(zip(names, maps, strict=False))
-            )
+            HeadMaps(classes=group, heatmap_logits_BKYX=maps[-1], **dict(zip(names, maps, strict=False)))
             for group, maps in zip(self.groups, parts, strict=True)
         )
 

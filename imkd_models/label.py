@@ -109,9 +109,7 @@ class LabelEncoder(nn.Module):
         if batch.boxes is None:
             raise MissingFeatureError("the label encoder needs boxes", next="use a split with annotations")
         with torch.autocast(batch.boxes.centre_m_BM3.device.type, enabled=False):
-            box_map, one_hot = label_maps(
-                batch.boxes, self.grid, self.classes[0].in_features, self.config.shrink
-            )
+            box_map, one_hot = label_maps(batch.boxes, self.grid, self.classes[0].in_features, self.config.shrink)
             tokens = self.boxes(box_map.movedim(1, -1)) + self.classes(one_hot.movedim(1, -1))
             x = self.joined(tokens).movedim(-1, 1).contiguous()
         x = self.residual(x)

@@ -22,9 +22,7 @@ def finer(grid: BevGrid, k: int) -> BevGrid:
     """The grid whose cells are 1/k of this one's."""
     if grid.cell_mm % k:
         raise RecipeError(f"cells of {grid.cell_m} m do not divide by {k} into whole millimetres")
-    return BevGrid(
-        x_min_m=grid.x_min_m, y_min_m=grid.y_min_m, cell_m=grid.cell_mm / k / 1000, nx=grid.nx * k, ny=grid.ny * k
-    )
+    return BevGrid(x_min_m=grid.x_min_m, y_min_m=grid.y_min_m, cell_m=grid.cell_mm / k / 1000, nx=grid.nx * k, ny=grid.ny * k)
 
 
 class PillarEncoder(nn.Module):
@@ -39,7 +37,7 @@ class PillarEncoder(nn.Module):
         super().__init__()
         self.config, self.grid = config, grid
         self.linear = nn.Linear(8 + config.pillar_centre_values, config.pillar_channels, bias=False)
-        self.norm = PointNorm(config.pillar_channels, eps=1e-3, momentum=0.01)
+        self.norm = PointNorm(config.pillar_channels, eps=1e-3, momentum=config.norm_momentum)
 
     def forward(self, lidar: PointBatch, batch: int) -> Tensor:
         grid = self.grid
@@ -98,7 +96,9 @@ class ResidualStages(nn.Module):
     """ResNet-34-like stages for 0.1 m pillars: two strided 3x3 convs to 0.4 m, then residual stages of the given widths,
     the first at that stride, the others halving the grid."""
 
-    def __init__(self, in_channels: int, widths: tuple[int, int, int], blocks: tuple[int, int, int], checkpointed: bool) -> None:
+    def __init__(
+        self, in_channels: int, widths: tuple[int, int, int], blocks: tuple[int, int, int], checkpointed: bool
+    ) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             conv_norm_relu(in_channels, in_channels, stride=2), conv_norm_relu(in_channels, widths[0], stride=2)
@@ -135,7 +135,7 @@ class LidarStages(nn.Module):
 
             self.encoder: nn.Module = VoxelEncoder(config)
             self.stages: nn.Module = SecondBackbone(
-                self.encoder.out_channels, config.widths[1:], config.layers[1:], (1, 2)
+                self.encoder.out_channels, config.widths[1:], config.layers[1:], (1, 2), momentum=config.norm_momentum
             )
         else:
             self.encoder = PillarEncoder(config, grid)
@@ -144,10 +144,10 @@ class LidarStages(nn.Module):
                 self.stages = ResidualStages(channels, config.widths, config.layers, config.checkpoint_stages)
             else:
                 strides = (config.pillars_per_cell // 2, 2, 2)
-                self.stages = SecondBackbone(channels, config.widths, config.layers, strides)
+                self.stages = SecondBackbone(channels, config.widths, config.layers, strides, momentum=config.norm_momentum)
         widths = config.widths[-config.neck_stages :]
         factors = (0.5, 1.0, 2.0)[-config.neck_stages :]
-        self.neck = StageNeck(widths, [config.neck_channels] * len(widths), factors, eps=1e-3, momentum=0.01)
+        self.neck = StageNeck(widths, [config.neck_channels] * len(widths), factors, eps=1e-3, momentum=config.norm_momentum)
         self.names = ("bev_stage0", "bev_stage1", "bev_stage2")[-config.neck_stages :]
 
     def feature_shapes(self) -> dict[str, tuple[int, int, int]]:

@@ -40,9 +40,7 @@ def config_from_dict(value: Mapping[str, Any]) -> ModelConfig:
     return CONFIGS[kind].from_dict(value)
 
 
-def build_model(
-    config: ModelConfig, *, pretrained: bool = True, teacher: Detector | None = None
-) -> Detector | LabelEncoder:
+def build_model(config: ModelConfig, *, pretrained: bool = True, teacher: Detector | None = None) -> Detector | LabelEncoder:
     """The module of a configuration. pretrained=False never looks for published image weights (a checkpoint follows).
     teacher: LiDAR teacher of a label encoder."""
     if isinstance(config, StudentConfig):
@@ -113,6 +111,7 @@ _TINY_STUDENT: dict[str, Any] = {
     "radar_layers": (0, 1, 1),
     "radar_neck_channels": 16,
     "radar_head_channels": 32,
+    "norm_momentum": 0.1,
     "fuser": "concat",
     "fused_channels": 48,
     "fuser_layers": 1,
@@ -170,6 +169,7 @@ def tiny_lidar_config(**changes: Any) -> LidarConfig:
         "name": "tiny_lidar",
         "pillars_per_cell": 2,
         "pillar_channels": 16,
+        "norm_momentum": 0.1,
         "widths": (16, 32, 64),
         "layers": (0, 2, 2),
         "neck_stages": 2,

@@ -29,13 +29,13 @@ class PillarNet(nn.Module):
     """Two PointNet layers: Linear-norm-ReLU to a quarter of the width, joined with its maximum over the pillar, then
     Linear-norm-ReLU to the full width and the maximum."""
 
-    def __init__(self, in_channels: int, channels: int) -> None:
+    def __init__(self, in_channels: int, channels: int, momentum: float = 0.01) -> None:
         super().__init__()
         quarter = channels // 4
         self.linear1 = nn.Linear(in_channels, quarter, bias=False)
-        self.norm1 = PointNorm(quarter, eps=1e-3, momentum=0.01)
+        self.norm1 = PointNorm(quarter, eps=1e-3, momentum=momentum)
         self.linear2 = nn.Linear(2 * quarter, channels, bias=False)
-        self.norm2 = PointNorm(channels, eps=1e-3, momentum=0.01)
+        self.norm2 = PointNorm(channels, eps=1e-3, momentum=momentum)
 
     def forward(self, features_NF: Tensor, pillar_N: Tensor, num_pillars: int) -> Tensor:
         """(N, F) points and their pillars -> (num_pillars, C)."""
@@ -86,11 +86,14 @@ class PerspectiveRadarEncoder(nn.Module):
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
         self.config = config
-        self.pillars = PillarNet(8, config.pillar_channels)
+        momentum = config.norm_momentum
+        self.pillars = PillarNet(8, config.pillar_channels, momentum)
         options = {"bias": True, "padding_mode": "reflect"}
         widths, neck = config.radar_widths, [config.radar_neck_channels] * 3
-        self.backbone = SecondBackbone(config.pillar_channels, widths, config.radar_layers, (1, 2, 2), **options)
-        self.neck = StageNeck(widths, neck, (0.5, 1, 2), eps=1e-3, momentum=0.01)
+        self.backbone = SecondBackbone(
+            config.pillar_channels, widths, config.radar_layers, (1, 2, 2), momentum=momentum, **options
+        )
+        self.neck = StageNeck(widths, neck, (0.5, 1, 2), eps=1e-3, momentum=momentum)
         head, total = config.radar_head_channels, sum(neck)
         self.context = nn.Sequential(*conv_norm_relu(total, head, **options), nn.Conv2d(head, config.radar_channels, 1))
         self.occupancy = nn.Sequential(*conv_norm_relu(total, head, **options), nn.Conv2d(head, 1, 1))
@@ -235,7 +238,7 @@ class BevRadarEncoder(nn.Module):
         super().__init__()
         self.config = config
         states = sum(n for _, n in STATE_COLUMNS) + PDH0_BITS if config.radar_states else 0
-        self.pillars = PillarNet(9 + states, config.pillar_channels)
+        self.pillars = PillarNet(9 + states, config.pillar_channels, config.norm_momentum)
         layers = [conv_norm_relu(config.pillar_channels, config.radar_channels)]
         layers += [conv_norm_relu(config.radar_channels, config.radar_channels) for _ in range(config.radar_layers[0])]
         self.convs = nn.Sequential(*layers)

@@ -106,9 +106,7 @@ def _radar(generator: torch.Generator, boxes: BoxBatch, slots: int) -> PointBatc
         parts.append((xyz, sample, torch.full_like(sample, slot), velocity))
     xyz, sample, slot, velocity = (torch.cat(part) for part in zip(*parts, strict=True))
     count = len(xyz)
-    states = torch.stack(
-        [torch.randint(0, n, (count,), generator=generator).float() for n in (8, 5, 18, 8)], dim=1
-    )
+    states = torch.stack([torch.randint(0, n, (count,), generator=generator).float() for n in (8, 5, 18, 8)], dim=1)
     rcs = 5 + 5 * torch.randn(count, 1, generator=generator)
     return PointBatch(
         xyz_m=xyz,
