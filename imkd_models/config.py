@@ -176,6 +176,7 @@ class StudentConfig(ModelConfig):
             raise RecipeError("the heterogeneous fuser needs the simulated branch", next="set sim_branch=true")
         if not self.history or self.history[0] != 0 or any(offset > 0 for offset in self.history):
             raise RecipeError("history starts with 0 and goes to the past", found=repr(self.history))
+        self._check_sizes()
         choices = {
             "radar_encoder": ("perspective", "bev"),
             "geometry_rows": ("top", "mean"),
@@ -186,6 +187,17 @@ class StudentConfig(ModelConfig):
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise RecipeError(key, expected=" | ".join(allowed), found=getattr(self, key))
+
+    def _check_sizes(self) -> None:
+        """The strided maps must come back to their own size."""
+        down = 2 ** len(self.trunk_blocks)
+        if self.grid.ny % down or self.grid.nx % down:
+            raise RecipeError(f"grid counts must divide by {down}", found=f"{self.grid.ny}x{self.grid.nx}")
+        height, width = self.image_hw_px
+        if self.camera and (height % 32 or width % 32 or self.depth_bins % 2):
+            raise RecipeError(
+                "image sizes must divide by 32 and depth_bins by 2", found=f"{height}x{width}, {self.depth_bins} bins"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +239,8 @@ class LidarConfig(ModelConfig):
             raise RecipeError("encoder", expected="pillar | resnet34 | voxel", found=self.encoder)
         if self.neck_stages not in (2, 3):
             raise RecipeError("neck_stages", expected="2 or 3", found=str(self.neck_stages))
+        if self.grid.ny % 2 or self.grid.nx % 2:
+            raise RecipeError("grid counts must divide by 2", found=f"{self.grid.ny}x{self.grid.nx}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,6 +52,9 @@ class DecodeOptions:
     height_m: float = 10.0
 
 
+_DECODE = DecodeOptions()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Detections:
     """Boxes of one sample, best score first, frame bev. label indexes DETECTION_CLASSES."""
@@ -163,7 +166,7 @@ def rotated_nms(boxes: Tensor, valid: Tensor, iou: float) -> Tensor:
     return (greedy_keep(relation) & ok).reshape(*lead, n)
 
 
-def decode(head: Sequence[HeadMaps], grid: BevGrid, options: DecodeOptions = DecodeOptions()) -> list[Detections]:
+def decode(head: Sequence[HeadMaps], grid: BevGrid, options: DecodeOptions = _DECODE) -> list[Detections]:
     """Boxes of every sample in frame bev; at most ``per_sample`` each, best first.
 
     Per group the best cells over its classes, limits on score and place, suppression across the group's classes.
@@ -205,7 +208,7 @@ def decode(head: Sequence[HeadMaps], grid: BevGrid, options: DecodeOptions = Dec
 def _group_boxes(maps: HeadMaps, grid: BevGrid, options: DecodeOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Best cells of one group: values (B, N, 9) x y z l w h yaw vx vy, label, score, valid (B, N)."""
     score_map = torch.sigmoid(maps.heatmap_logits_BKYX.float())
-    batch, classes, ny, nx = score_map.shape
+    _, classes, ny, nx = score_map.shape
     if options.peaks_only:
         peak = torch.nn.functional.max_pool2d(score_map, 3, stride=1, padding=1)
         score_map = torch.where(score_map == peak, score_map, 0)

@@ -62,6 +62,9 @@ class LossOptions:
     truncate_cells: bool = False
 
 
+_LOSS = LossOptions()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
     """heatmap_BKYX: Gaussians of all classes, in the order of ``classes``. row, column (B, M) i64: cell of each box
@@ -165,7 +168,7 @@ def _channel_table(classes: Sequence[str], device: torch.device) -> Tensor:
 def centre_targets(
     boxes: BoxBatch,
     grid: BevGrid,
-    options: LossOptions = LossOptions(),
+    options: LossOptions = _LOSS,
     *,
     groups: Sequence[Sequence[str]] = CLASS_GROUPS,
 ) -> Targets:
@@ -255,7 +258,7 @@ def detection_loss(
     head: Sequence[HeadMaps],
     truth: BoxBatch | Targets,
     grid: BevGrid,
-    options: LossOptions = LossOptions(),
+    options: LossOptions = _LOSS,
 ) -> dict[str, Tensor]:
     """Weighted ``det_heatmap`` (Gaussian focal, alpha 2, gamma 4, per group over its peaks) and ``det_box`` (L1 at the
     centres, per group over its boxes), each summed over the class groups; float32. Without boxes the box term is 0."""

@@ -74,7 +74,7 @@ class LabelEncoder(nn.Module):
 
     def _branch(self, channels: int, shape: tuple[int, int]) -> nn.Module:
         """3x3 conv (replicate), LayerNorm over (C, Y, X), ReLU; a stage finer than the label grid is up-sampled first."""
-        ny, nx = self.config.grid.shape
+        ny = self.config.grid.ny
         layers: list[nn.Module] = []
         if shape[0] > ny:
             layers.append(nn.Upsample(size=shape, mode="bilinear", align_corners=False))
