@@ -128,12 +128,17 @@ class Cache:
     def _fields(self, own: tuple[CacheField, ...]) -> dict[str, CacheField]:
         known = {**_known_fields(), **{f.name: f for f in own}}
         out = {}
-        for name, entry in self.manifest["fields"].items():
+        for name, entry in sorted(self.manifest["fields"].items(), key=lambda item: self._place(item[0])):
             stored = self._stored_field(name, entry)
             mine = known.get(name)
             same = mine is not None and mine.version == entry["version"] and mine.kind == stored.kind
             out[name] = mine if mine is not None and same else stored
         return out
+
+    def _place(self, name: str) -> int:
+        """Place of a field in the recipe's list."""
+        names = self.recipe.fields
+        return names.index(name) if name in names else len(names)
 
     def _stored_field(self, name: str, entry: Mapping[str, Any]) -> CacheField:
         """The field as the cache itself describes it: enough to read, not to decode."""
@@ -319,6 +324,9 @@ class Cache:
             return self._read_array(field, row)
         self._require(field)
         parts = self.read_parts(field, row)
+        unpack = self.fields[field].unpack
+        if unpack is not None:
+            return unpack(parts, self.suite)
         out = {}
         for part, data in parts.items():
             stem = part.partition(".")[0]
@@ -403,8 +411,7 @@ class Cache:
                     next=f"imkd-data build --out {self.path} --update",
                 )
             return self.read(field, row)
-        stored: Stored = self._read_array(field, row) if one.kind == "array" else self.read_parts(field, row)
-        values = one.decode(stored, self.recipe, self.suite)
+        values = one.decode(self.read(field, row), self.recipe, self.suite)
         count = self.attributes(field).get("count_field") if one.kind == "array" else None
         if count:
             counts = self._read_array(count, row)

@@ -79,7 +79,6 @@ def array_zarr_json(one: CacheField, recipe: Recipe, suite: SensorSuite, shards:
         "grid": grid,
         "licence": suite.licence,
         "reference_channel": recipe.reference_channel,
-        "cameras": [c for c in suite.cameras if c in recipe.sensors] or None,
         **one.attributes(recipe, suite),
     }
     shape = tuple(int(n) for n in one.shape(recipe, suite))
@@ -106,10 +105,12 @@ def build_shard(
     out: Path,
     options: Options = Options(),  # noqa: B008  (frozen)
     on_sample: Callable[[int, str], None] | None = None,
+    warnings: dict[str, int] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Build ``job.fields`` of one shard and return their receipts. Idempotent: equal files that exist are accepted.
 
-    on_sample(position, token) is called before each sample; it may raise to stop. Raises InputDataError and
+    on_sample(position, token) is called before each sample; it may raise to stop. ``warnings`` collects what was strange but
+    legal, by rule; it never reaches a receipt, which must not depend on what else was built at the same time. Raises InputDataError and
     SourceMissingError with shard, scene and token; StorageError; CacheDamageError where an upstream row is bad.
     """
     fault.point("shard.begin")
@@ -126,12 +127,15 @@ def build_shard(
             continue
         fault.point(f"sample@{sample.token}")
         try:
-            _sample(job, position, sample, reader, recipe, fields, columns, upstream, options)
+            payloads = _sample(job, position, sample, reader, recipe, fields, columns, upstream, options)
         except (StorageError, CacheDamageError, InterruptedBuildError):
             raise
         except ImkdError as error:
             _name(error, job.shard, sample)
             raise
+        if warnings is not None and payloads.whole is not None:
+            for rule, count in {**(payloads.whole.warnings or {}), **(payloads.whole.dropped or {})}.items():
+                warnings[rule] = warnings.get(rule, 0) + count
     fault.point("shard.encoded")
     receipts = {}
     for name in job.fields:
@@ -164,7 +168,7 @@ def _sample(
     columns: dict[str, _Column],
     upstream: _Upstream,
     options: Options,
-) -> None:
+) -> _Payloads:
     suite = reader.suite
     payloads = _Payloads(reader, sample, [fields[n].needs for n in job.fields])
     fresh: dict[str, Stored] = {}
@@ -192,6 +196,7 @@ def _sample(
             column.summary[str(position)] = facts
         if any(name in fields[other].upstream for other in job.fields):
             fresh[name] = stored
+    return payloads
 
 
 def _hole(column: _Column, position: int, token: str, reason: str) -> None:
@@ -244,8 +249,8 @@ class _Payloads:
         paths: set[str] = set()
         if "images" in needs:
             paths |= {f.path for f in s.cameras}
-        if "lidar" in needs:
-            paths |= {f.path for f in s.lidar}
+        if "lidar" in needs or "lidar_key" in needs:
+            paths |= {f.path for f in s.lidar if f.is_key or "lidar" in needs}
         if "radar" in needs:
             paths |= {f.path for sweeps in s.radar.values() for f in sweeps}
         return [f for f in self.of(needs).files if f[0] in paths]

@@ -182,7 +182,7 @@ def execute(
         left_out=resolved.left_out,
         missing_scenes=resolved.missing_scenes,
         dropped=end["dropped"],
-        warnings=tally.warnings,
+        warnings={**dict(getattr(resolved.reader, "warnings", None) or {}), **tally.warnings},
         bytes=end["bytes"],
         files=end["files"],
         seconds=time.monotonic() - started,

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +77,26 @@ def jobs_of(plan: Plan) -> list[ShardJob]:
 
 
 def pack(common: Common) -> bytes:
-    """Bytes for another process. Functions of importable modules travel by name, others (``__main__``) by value."""
+    """Bytes for another process. Our own fields travel by name; functions of importable modules, too; others (``__main__``)
+    by value."""
     import cloudpickle
 
-    return cloudpickle.dumps(common)  # type: ignore[no-any-return]
+    from imkd_data.fields import FIELDS
+
+    own = {f.name: f for f in FIELDS}
+    fields = {n: n if own.get(n) is f else f for n, f in common.fields.items()}
+    return cloudpickle.dumps((replace(common, fields={}), fields))  # type: ignore[no-any-return]
 
 
 def unpack(data: bytes) -> Common:
     """Inverse of ``pack``; only ever given bytes that this build made."""
     import cloudpickle
 
-    return cloudpickle.loads(data)  # type: ignore[no-any-return]
+    from imkd_data.fields import FIELDS
+
+    own = {f.name: f for f in FIELDS}
+    common, fields = cloudpickle.loads(data)
+    return replace(common, fields={n: own[f] if isinstance(f, str) else f for n, f in fields.items()})
 
 
 _OPEN: dict[bytes, tuple[Common, Reader]] = {}
@@ -122,12 +131,11 @@ def run_opened(common: Common, reader: Reader, job: ShardJob, stop: Callable[[],
             raise InterruptedBuildError("stopped between two samples")
         note.write(position, token)
 
-    before = dict(getattr(reader, "warnings", {}) or {})
+    warnings: dict[str, int] = {}
     try:
-        receipts = build_shard(job, reader, common.recipe, common.fields, common.out, common.options, on_sample)
+        receipts = build_shard(job, reader, common.recipe, common.fields, common.out, common.options, on_sample, warnings)
     finally:
         note.close()
-    after = dict(getattr(reader, "warnings", {}) or {})
     return Done(
         shard=job.shard.number,
         fields=job.fields,
@@ -137,7 +145,7 @@ def run_opened(common: Common, reader: Reader, job: ShardJob, stop: Callable[[],
         holes=tuple((n, h[1], h[2]) for n, r in receipts.items() for h in r["holes"]),
         pid=os.getpid(),
         peak_rss=peak_rss(),
-        warnings={k: v - before.get(k, 0) for k, v in after.items() if v > before.get(k, 0)},
+        warnings=warnings,
     )
 
 

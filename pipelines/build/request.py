@@ -104,7 +104,7 @@ def resolve(
     reference = str(values.pop("reference_channel", None) or _reference(suite, declared))
     all_splits = tuple(sorted(set(splits)))
     found, missing = _choose_scenes(source, all_splits, scenes)
-    if profile in _PROFILE_VALUES:
+    if fields is None and profile in _PROFILE_VALUES:
         values = {**_PROFILE_VALUES[profile], **values}
     base: dict[str, Any] = {
         "dataset": spec.dataset,
@@ -119,7 +119,10 @@ def resolve(
     return Resolved(spec=spec, reader=source, recipe=recipe, fields=chosen, left_out=left_out, missing_scenes=missing)
 
 
-_PROFILE_VALUES: dict[str, dict[str, Any]] = {}
+# Recipe entries that a profile changes; explicit ones win.
+_PROFILE_VALUES: dict[str, dict[str, Any]] = {
+    "compact": {"grid.cell_m": 0.4, "grid.nx": 256, "grid.ny": 256, "view_cells": 2, "image_hw_px": (396, 704)},
+}
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
