@@ -38,7 +38,8 @@ def scaled_jpeg(data: bytes, hw_px: tuple[int, int], quality: int) -> bytes:
     if pixels.shape[:2] != (height, width) or n < 8:
         whole = (0.0, 0.0, full_width * n / 8, full_height * n / 8)
         pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC, box=whole))
-    return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=quality, colorspace="RGB", colorsubsampling="420"))
+    pixels = np.ascontiguousarray(pixels)
+    return bytes(simplejpeg.encode_jpeg(pixels, quality=quality, colorspace="RGB", colorsubsampling="420"))
 
 
 def _compute(

@@ -116,11 +116,12 @@ class SceneBuilder:
         self, scene: int, split: str, row: int, token: str, previous: str, following: str, tracks: dict[int, int]
     ) -> Sample:
         t, suite = self.t, self.suite
-        reference = self._key_row(scene, row, self.reference)
+        keys = self._key_rows(scene, row)
+        reference = keys[self.reference]
         chains: dict[str, list[int]] = {}
         for channel in self.sensors:
             kind = "lidar" if channel == suite.lidar else "radar" if channel in suite.radars else "camera"
-            chains[channel] = self._chain(scene, row, channel, self.num_sweeps.get(kind, 1), kind)
+            chains[channel] = self._chain(scene, row, keys[channel], channel, self.num_sweeps.get(kind, 1), kind)
         data = np.array([reference, *(r for rows in chains.values() for r in rows)], dtype=np.int64)
         global_from_vehicle, vehicle_from_sensor = self._poses(scene, token, data)
         global_from_ego = Pose(dst=GLOBAL, src=EGO, rotation=global_from_vehicle[0][0], translation_m=global_from_vehicle[1][0])
@@ -165,30 +166,29 @@ class SceneBuilder:
             next=following,
         )
 
-    def _key_row(self, scene: int, sample: int, channel: str) -> int:
-        column = self._channel_row.get(channel, -1)
-        row = int(self.t.key_row[sample, column]) if column >= 0 else -1
-        if row < 0:
-            held = [
-                c for c in self.suite.channels if c in self._channel_row and self.t.key_row[sample, self._channel_row[c]] >= 0
-            ]
+    def _key_rows(self, scene: int, sample: int) -> dict[str, int]:
+        """sample_data row of every channel that the sample has; an error where the reference or a declared one is missing."""
+        found = {c: int(self.t.key_row[sample, i]) for c, i in self._channel_row.items() if self.t.key_row[sample, i] >= 0}
+        missing = [c for c in dict.fromkeys((self.reference, *self.sensors)) if c not in found]
+        if missing:
+            held = [c for c in self.suite.channels if c in found]
             raise self._bad(
-                f"sample has no {channel}",
+                f"sample has no {', '.join(missing)}",
                 "sample.sensor_missing",
                 scene,
                 expected="a key frame of every declared sensor",
                 found=", ".join(held) or "no sensor",
                 token=self.t.token("sample", sample),
-                channel=channel,
+                channel=", ".join(missing),
                 file="sample_data.json",
                 next=f"declare what the data has: --sensors {','.join(held)}" if held else "unpack the metadata again",
             )
-        return row
+        return found
 
-    def _chain(self, scene: int, sample: int, channel: str, count: int, kind: str) -> list[int]:
+    def _chain(self, scene: int, sample: int, key: int, channel: str, count: int, kind: str) -> list[int]:
         """Key row, then past sweeps newest first, by ``prev``. F19, F20: never a loop, another scene or a step forward."""
         t = self.t
-        rows = [self._key_row(scene, sample, channel)]
+        rows = [key]
         while len(rows) < count and (previous := int(t.data_prev[rows[-1]])) != -1:
             here = rows[-1]
             found = "a token that is not in sample_data"
