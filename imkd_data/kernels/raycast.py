@@ -43,7 +43,7 @@ def hash_uniform(a: int, b: int) -> float:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z = z ^ (z >> np.uint64(31))
-    return np.float64(z >> np.uint64(11)) * (1.0 / 9007199254740992.0)
+    return float(z >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
 
 @njit(cache=True, inline="always")
@@ -186,7 +186,7 @@ def surface_normal(p: Any, shape: int, x: float, y: float, z: float) -> Any:
 def _candidates(
     prims: Any, nodes: Any, links: Any, order: Any, ray: Any, spread: float, reach: float, out: Any, near: Any
 ) -> int:
-    """Primitives whose circle meets the wedge of half angle ``spread`` about the 2D ray (ox, oy, ux, uy); sorted by distance."""
+    """Primitives whose circle meets the wedge of half angle ``spread`` about the 2D ray (ox, oy, ux, uy); nearest first."""
     ox, oy, ux, uy = ray
     stack = np.empty(_STACK, np.int64)
     stack[0] = 0
@@ -231,7 +231,7 @@ def first_hits(
         origins (R, 3), directions (R, 3): unit directions, same frame as the primitives.
 
     Returns:
-        distance (R,) f64 metres (inf: nothing within ``reach_m``), primitive (R,) i64 (-1: nothing). The ground is no primitive.
+        distance (R,) f64 metres (inf: nothing within ``reach_m``), primitive (R,) i64 (-1: nothing). No ground here.
     """
     count = origins.shape[0]
     distance, primitive = np.full(count, np.inf), np.full(count, -1, np.int64)

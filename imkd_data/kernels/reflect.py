@@ -27,7 +27,8 @@ def _stray(seed: int, ray: int) -> float:
 @njit(cache=True)
 def lidar_points(
     distance: Any, primitive: Any, cosine: Any, direction: Any, origins: Any, ref_rotation: Any, ref_origin: Any,
-    prims: Any, ground: Any, cell_m: float, ground_reflectivity: Any, noise_m: float, power_floor: float, rain: float, seed: int,
+    prims: Any, ground: Any, cell_m: float, ground_reflectivity: Any, noise_m: float,
+    power_floor: float, rain: float, seed: int,
 ) -> Any:  # fmt: skip
     """Hits of ``raycast.cast_columns`` -> points as the file holds them.
 

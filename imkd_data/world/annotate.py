@@ -69,7 +69,7 @@ def make_key_truth(scene: Scene, t_s: float, eye: F64, lidar_m: F64, radar_m: F6
     gap = np.hypot(*(state[:, :2] - eye[:2]).T)
     actors = np.flatnonzero(gap < ANNOTATION_REACH_M)
     size = np.array([scene.actors[a].size_lwh_m for a in actors])
-    centre = np.round(np.column_stack([state[actors, :2], size[:, 2] / 2]), 3)
+    centre: F64 = np.round(np.column_stack([state[actors, :2], size[:, 2] / 2]), 3).astype(np.float64)
     yaw = state[actors, 2]
     things = scene.primitives(t_s, eye[:2], ANNOTATION_REACH_M + 10.0)
     share = _visible_share(scene, actors, state[actors], eye, things, things.tree(0.0))

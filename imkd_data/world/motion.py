@@ -25,9 +25,9 @@ def make_speed(rng: np.random.Generator, grid_s: F64, kind: str, cruise_mps: flo
     first, wait = float(rng.uniform(1.0, 4.0)), float(rng.uniform(2.0, 4.0))
     brake, drive = float(rng.uniform(2.0, 3.2)), float(rng.uniform(1.4, 2.4))
     if kind == "cruise":
-        return cruise_mps * wave
+        return np.asarray(cruise_mps * wave)
     if kind == "start":
-        return np.clip((grid_s - first) * drive, 0.0, cruise_mps) * wave
+        return np.asarray(np.clip((grid_s - first) * drive, 0.0, cruise_mps) * wave)
     halt = first + cruise_mps / brake
     down, up = cruise_mps - (grid_s - first) * brake, (grid_s - halt - wait) * drive
     return np.where(grid_s < halt + wait, np.clip(down, 0.0, cruise_mps), np.clip(up, 0.0, cruise_mps))
@@ -36,7 +36,7 @@ def make_speed(rng: np.random.Generator, grid_s: F64, kind: str, cruise_mps: flo
 def distance_from_speed(grid_s: F64, speed_mps: F64) -> F64:
     """Distance driven since t = 0 (negative before)."""
     path = np.concatenate([[0.0], np.cumsum(0.5 * (speed_mps[1:] + speed_mps[:-1]) * np.diff(grid_s))])
-    return path - np.interp(0.0, grid_s, path)
+    return np.asarray(path - np.interp(0.0, grid_s, path))
 
 
 def drive(road: Road, grid_s: F64, s_m: F64, d_m: F64, direction: int) -> F64:

@@ -121,7 +121,7 @@ class RadarModel:
         far = np.linalg.norm(to, axis=1)
         start = np.repeat(origin[None], len(keep), axis=0)
         distance, _ = raycast.first_hits(things.prims, things.kinds, *tree, start, to / far[:, None], FAR_M)
-        return (distance > far - 1.5) | (rng.random(len(keep)) < 0.35)
+        return np.asarray((distance > far - 1.5) | (rng.random(len(keep)) < 0.35))
 
 
 def _standing_scatterers(scene: Scene, rng: np.random.Generator) -> tuple[F64, F64]:

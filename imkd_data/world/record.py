@@ -74,7 +74,7 @@ class Recorder:
                 prev="",
                 next="",
                 scene_token=scene_token,
-            )  # fmt: skip
+            )
             for s in keys
         ]
         self.rows.chain(samples)
@@ -174,7 +174,7 @@ class Recorder:
                     next="",
                     num_lidar_pts=int(truth.num_lidar[at]),
                     num_radar_pts=int(truth.num_radar[at]),
-                )  # fmt: skip
+                )
             )
         self.rows.chain(made)
         self.rows.add(

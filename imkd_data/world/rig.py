@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from imkd_data.geometry import VEHICLE, F64, Pose, rotation_from_yaw
+from imkd_data.geometry import F64, VEHICLE, Pose, rotation_from_yaw
 
 LIDAR = "LIDAR_TOP"
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")

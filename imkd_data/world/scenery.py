@@ -40,7 +40,7 @@ class Scenery:
                 retro=more.get("retro", 0.0),
                 density=more.get("density", 0.0),
                 texture=int(more.get("texture", PLAIN)),
-            )  # fmt: skip
+            )
         )
 
     def blocked(self, s: float, half_length: float) -> bool:

@@ -176,7 +176,7 @@ def _crossing(cast: Cast) -> None:
             if rng.random() < 0.25:
                 continue
             lane = side * outward * 2.4  # right-hand traffic on the cross street
-            x, y, heading = cast.road.pose(np.full_like(t, cast.road.cross_s_m + lane), side * d)
+            x, y, heading = cast.road.pose(np.full_like(t, cast.road.cross_s_m + lane), float(side) * d)
             yaw = heading + side * outward * np.pi / 2
             cast.add("vehicle.car", "moving", np.stack([x, y, yaw], axis=1))
 

@@ -78,7 +78,7 @@ def write_world(
     if len(names) != scenes or len(set(names)) != scenes:
         raise UsageError("every scene needs its own name", expected=f"{scenes} different names", found=len(set(names)))
     root = Path(out)
-    identity = {"world": options.fingerprint(), "names": names, "fault": fault}
+    identity: dict[str, object] = {"world": options.fingerprint(), "names": names, "fault": fault}
     if not _begin(root, identity):
         return
     _write_scenes(root, options, workers, progress)
