@@ -63,9 +63,9 @@ class Cast:
 def _work_site(cast: Cast, s: float, side: int) -> float:
     """Cones, barriers, a construction vehicle and workers in the parking lane; returns where it ends."""
     rng = cast.rng
-    for k in range(4):
+    for k in range(3):
         cast.stand("movable_object.trafficcone", "prop", s + 1.9 * k, side * (6.75 + 0.25 * k), rng.uniform(-3, 3))
-    for k in range(4):
+    for k in range(3):
         lean = float(rng.uniform(-0.08, 0.08))
         cast.stand(
             "movable_object.barrier", "prop", s + 8.2 + 2.75 * k, side * (7.0 + rng.uniform(-0.1, 0.1)), np.pi / 2 + lean
@@ -73,7 +73,7 @@ def _work_site(cast: Cast, s: float, side: int) -> float:
     cast.stand("vehicle.construction", "parked", s + 14.5, side * 8.8, float(rng.uniform(-0.06, 0.06)))
     cast.stand("human.pedestrian.construction_worker", "standing", s + 10.0, side * 9.3, float(rng.uniform(-3, 3)))
     cast.walk("human.pedestrian.construction_worker", s + 6.0, side * 8.6, 0.35, 1)
-    for k in range(3):
+    for k in range(2):
         cast.stand("movable_object.trafficcone", "prop", s + 19.5 + 1.8 * k, side * (7.2 + 0.5 * k), rng.uniform(-3, 3))
     return s + 26.0
 
@@ -107,7 +107,7 @@ _KERB = (
     "gap",
     "vehicle.emergency.police",
 )
-_KERB_SHARE = (0.4, 0.07, 0.05, 0.05, 0.06, 0.06, 0.3, 0.01)
+_KERB_SHARE = (0.3, 0.05, 0.03, 0.03, 0.035, 0.04, 0.505, 0.01)
 
 
 def _kerb(cast: Cast, side: int, last_s: float) -> None:
@@ -160,7 +160,7 @@ def _lane(cast: Cast, d: float, path_m: F64, first_s: float, last_s: float, clea
             track = motion.drive(cast.road, cast.grid_s, back, np.full_like(back, offset), direction)
             cast.add("vehicle.trailer", "moving", track, trailer)
             s += trailer[0] + 3.0 if direction < 0 else 0.0
-        s += 6.0 + float(rng.exponential(24.0))
+        s += 6.0 + float(rng.exponential(38.0))
 
 
 def _crossing(cast: Cast) -> None:
@@ -186,7 +186,7 @@ def _people(cast: Cast, last_s: float) -> None:
     rng = cast.rng
     for side in (-1, 1):
         cast.walk("vehicle.bicycle", float(rng.uniform(-10.0, 14.0)), side * 10.1, float(rng.uniform(2.5, 5.0)), -side)
-        starts = [*rng.uniform(-5.0, 25.0, 3), *np.arange(-60.0, last_s, 14.0) + rng.uniform(-7, 7)]
+        starts = [float(rng.uniform(-5.0, 25.0)), *np.arange(-60.0, last_s, 28.0) + rng.uniform(-14, 14)]
         for s in starts:
             if rng.random() < 0.2:
                 continue
