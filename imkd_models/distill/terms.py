@@ -139,7 +139,8 @@ def first_box_map(boxes: BoxBatch, grid: BevGrid) -> Tensor:
     none = boxes.valid_BM.shape[1]
     first = torch.full((len(boxes.valid_BM), grid.ny, grid.nx), float(none), device=boxes.centre_m_BM3.device)
     for b, m, inside in _inside(boxes, grid, boxes.size_lwh_m_BM3[..., :2], False):
-        first.index_reduce_(0, b, torch.where(inside, m[:, None, None].float(), float(none)), "amin")
+        order = torch.where(inside, m[:, None, None].float(), float(none))
+        first.scatter_reduce_(0, b[:, None, None].expand_as(order), order, "amin")
     return torch.where(first < none, first, -1.0).long()
 
 
