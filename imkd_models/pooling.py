@@ -29,7 +29,7 @@ def bev_pool(
     method: str = "auto",
     uncounted_gradient: bool = False,
 ) -> Tensor:
-    """Pool N rows of C values into cells -> (num_cells, C), float32.
+    """Pool N rows of C values into cells -> (num_cells, C), float32 (float64 stays).
 
     index_N: cell of each row, negative = outside, dropped. reduce: mean | sum. method: plain | sorted | triton | auto
     (triton on a GPU, else plain). uncounted_gradient: CRN's ``pool_grad: uncounted``, whose backward pass forgets to
@@ -38,13 +38,13 @@ def bev_pool(
     if method == "auto":
         method = "triton" if values_NC.is_cuda and _has_triton() else "plain"
     with torch.autocast(values_NC.device.type, enabled=False):
-        values = values_NC.float()
+        values = values_NC if values_NC.dtype == torch.float64 else values_NC.float()
         index = torch.where(index_N >= 0, index_N, num_cells)  # one more cell collects what is outside
         total = _SUMS[method](values, index, num_cells)
         if reduce == "sum":
             return total
-        ones = torch.ones(len(index), device=values.device)
-        count = torch.zeros(num_cells + 1, device=values.device).index_add(0, index, ones)[:-1]
+        ones = values.new_ones(len(index))
+        count = values.new_zeros(num_cells + 1).index_add(0, index, ones)[:-1]
         mean = total / count.clamp(min=1)[:, None]
         return total + (mean - total).detach() if uncounted_gradient else mean
 
