@@ -211,7 +211,7 @@ def _write_folder(
         "format": FORMAT,
         "step": step,
         "files": files,
-        "weights": weights_hash(parts["model"]),
+        "weights_sha256": weights_hash(parts["model"]),
         "training": structure,
         "software": {"torch": str(torch.__version__)},
         **meta,
@@ -389,18 +389,20 @@ def load_weights(module: nn.Module, weights: Weights, *, file: Path | str = "") 
     module.load_state_dict(dict(weights), strict=True)
 
 
-def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a checkpoint in eval mode on ``device``, and the checkpoint's meta (with ``path`` and ``step``)."""
+def load_model(
+    path: Path | str, device: torch.device | str = "cpu", *, attach: bool = True
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a checkpoint in eval mode on ``device``, and the checkpoint's meta (with ``path`` and ``step``).
+
+    attach: give a label encoder its LiDAR teacher, whose neck and head turn its maps into boxes (not needed to teach).
+    """
     from imkd_models.presets import model_from_dict
 
     checkpoint = load_checkpoint(path)
-    config = checkpoint.meta["model"]
-    if config["kind"] == "label":
+    model = model_from_dict(checkpoint.meta["model"])
+    load_weights(model, checkpoint.model, file=checkpoint.path)
+    if attach and "teacher_lidar.safetensors" in checkpoint.files:
         teacher = model_from_dict(checkpoint.meta["networks"]["teacher_lidar"])
         load_weights(teacher, checkpoint.tensors("teacher_lidar"), file=checkpoint.path)
-        model = model_from_dict(config, teacher=teacher)
-    else:
-        model = model_from_dict(config)
-    load_weights(model, checkpoint.model, file=checkpoint.path)
-    meta = {**checkpoint.meta, "path": str(checkpoint.path)}
-    return model.to(device).eval(), meta
+        model.attach(teacher)
+    return model.to(device).eval(), {**checkpoint.meta, "path": str(checkpoint.path)}

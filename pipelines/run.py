@@ -88,6 +88,7 @@ class Run:
     keep: int = 2
     log_every: int = 10
     validate_every: int = 0
+    tensorboard: bool = True
     optim: OptimConfig = field(default_factory=OptimConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     stages: tuple[Run, ...] = ()
@@ -205,9 +206,9 @@ def _all_numbers(parts: Iterable[str]) -> bool:
 def _method_options(run: Run) -> dict[str, Any]:
     if run.method is None:
         return {}
-    from imkd_models.distill import METHODS
+    from imkd_models.distill import make_method
 
-    return dict(METHODS[run.method].options.defaults()) if run.method in METHODS else {}
+    return dict(make_method(run.method).options.defaults())
 
 
 def _place(run: Run, key: str) -> tuple[str, ...] | None:
@@ -293,7 +294,9 @@ def parse_settings(items: Iterable[str]) -> dict[str, str]:
 
 
 # What may differ between the saved run and the resumed one; everything else is refused.
-FREE = frozenset({"summary", "checkpoint_every", "keep", "log_every", "validate_every", "max_steps", "epochs", "batch_size"})
+FREE = frozenset(
+    {"summary", "checkpoint_every", "keep", "log_every", "validate_every", "tensorboard", "max_steps", "epochs", "batch_size"}
+)
 
 
 def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

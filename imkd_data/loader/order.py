@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from imkd_data.errors import MismatchError, UsageError
 
-__all__ = ["Order", "Shuffle", "check_state", "key64", "permuted", "rank_positions", "selection_hash"]
+__all__ = ["Order", "Shuffle", "check_state", "key64", "permuted", "selection_hash"]
 
 Shuffle = Literal["global", "block", "none"]
 I64 = NDArray[np.int64]
@@ -60,12 +60,6 @@ def permuted(positions: ArrayLike, n: int, key: int) -> I64:
         value[walking] = (left << half) | right
         walking = walking[value[walking] >= np.uint64(n)]
     return value.astype(np.int64).reshape(position.shape)
-
-
-def rank_positions(first: int, step: int, *, batch_size: int, rank: int, world: int) -> I64:
-    """Positions of one rank's batch at ``step`` steps after position ``first``: ``first + t * G + r * b + i``."""
-    start = first + (step * world + rank) * batch_size
-    return np.arange(start, start + batch_size, dtype=np.int64)
 
 
 def selection_hash(rows: ArrayLike) -> str:

@@ -1,18 +1,19 @@
 """``imkd_data.stream``: batches of a cache in an order that resumes anywhere, on any number of ranks and workers.
 
-A worker gets a step number and makes that step's batch; nothing else travels. Workers are spawned processes, hold no lock
+A worker gets an epoch and a position and makes that batch; nothing else travels. Workers are spawned processes, hold no lock
 and no named shared memory, and open the cache's files themselves.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from imkd_data.errors import ImkdError, NoProgressError, StorageError, UsageError
 from imkd_data.fields.lidar import z_from_code
@@ -20,7 +21,7 @@ from imkd_data.geometry import BevGrid
 from imkd_data.loader.augment import IDENTITY, AugmentConfig
 from imkd_data.loader.batch import Batch
 from imkd_data.loader.deliver import Delivery
-from imkd_data.loader.order import Order, Shuffle, check_state, rank_positions, selection_hash
+from imkd_data.loader.order import Order, Shuffle, check_state, selection_hash
 from imkd_data.loader.read import Packed, SampleReader, pack
 from imkd_data.loader.request import StreamRequest, available_parts, check_request, normalised_parts
 from imkd_data.loader.rows import TRAIN_SPLITS, check_no_scene_in_two_splits, read_rows, select_rows
@@ -31,51 +32,60 @@ if TYPE_CHECKING:
 __all__ = ["Stream", "held_out_rows", "stream"]
 
 
+# One batch of work: epoch and the position of this rank's first sample.
+_Key = tuple[int, int]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Source:
-    """Step -> packed batch. The only thing that is sent to a worker."""
+    """Key -> packed batch. The only thing that is sent to a worker."""
 
     reader: SampleReader
     order: Order
-    epoch: int
-    first: int
     batch_size: int
-    rank: int
-    world: int
 
-    def positions(self, step: int) -> np.ndarray[Any, Any]:
-        return rank_positions(self.first, step, batch_size=self.batch_size, rank=self.rank, world=self.world)
-
-    def tokens(self, step: int) -> tuple[str, ...]:
-        """Tokens of a step, for messages about work in flight."""
-        n = len(self.order)
-        rows = self.order.at(self.epoch, np.minimum(self.positions(step), n - 1))
-        return tuple(self.reader.cache.token(int(r)) for r in rows)
-
-    def packed(self, step: int) -> Packed:
-        positions = self.positions(step)
+    def _rows(self, key: _Key) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+        epoch, first = key
+        positions = np.arange(first, first + self.batch_size)
         padding = positions >= len(self.order)  # only without drop_last: repeats of the last row that no metric counts
         inside = np.minimum(positions, len(self.order) - 1)
-        rows = self.order.at(self.epoch, inside)
-        samples = [self.reader.read(int(r), epoch=self.epoch, position=int(p)) for r, p in zip(rows, inside, strict=True)]
+        return self.order.at(epoch, inside), inside, padding
+
+    def tokens(self, key: _Key) -> tuple[str, ...]:
+        """Tokens of a batch, for messages about work in flight."""
+        return tuple(self.reader.cache.token(int(r)) for r in self._rows(key)[0])
+
+    def packed(self, key: _Key) -> Packed:
+        rows, positions, padding = self._rows(key)
+        samples = [self.reader.read(int(r), epoch=key[0], position=int(p)) for r, p in zip(rows, positions, strict=True)]
         out = pack(samples, [self.reader.cache.token(int(r)) for r in rows])
         if padding.any():
             out.tensors["padding"] = torch.from_numpy(padding)
         return out
 
 
-class _Steps(torch.utils.data.Dataset[Any]):
+class _Batches(torch.utils.data.Dataset[Any]):
     """Map-style view of a source for torch's DataLoader. Known errors travel as values: re-raising in the parent by
     DataLoader would lose their details."""
 
     def __init__(self, source: _Source) -> None:
         self.source = source
 
-    def __getitem__(self, step: int) -> Packed | ImkdError:
+    def __getitem__(self, key: _Key) -> Packed | ImkdError:
         try:
-            return self.source.packed(step)
+            return self.source.packed(key)
         except ImkdError as error:
             return error
+
+
+class _Keys:
+    """A sampler over keys; torch asks samplers only for iteration."""
+
+    def __init__(self, keys: Callable[[], Iterator[_Key]]) -> None:
+        self.keys = keys
+
+    def __iter__(self) -> Iterator[_Key]:
+        return self.keys()
 
 
 def _one_thread(_: int) -> None:
@@ -153,48 +163,68 @@ class Stream:
         self.epoch, self.consumed = int(state["epoch"]), int(state["consumed"])
 
     def __iter__(self) -> Iterator[Batch]:
-        for packed in self._packed():
-            batch = self.delivery.batch(packed, self.device)
+        epoch, start = self.epoch, self.consumed
+
+        def keys() -> Iterator[_Key]:
+            for step in range(self._steps_from(start)):
+                yield epoch, start + (step * self.world + self.rank) * self.batch_size
+
+        for batch in self._delivered(keys):
             self.consumed += self.global_batch
             yield batch
-        self.epoch, self.consumed = self.epoch + 1, 0
+        self.epoch, self.consumed = epoch + 1, 0
 
-    def _packed(self) -> Iterator[Packed]:
-        steps = self._steps_from(self.consumed)
-        source = _Source(self.reader, self.order, self.epoch, self.consumed, self.batch_size, self.rank, self.world)
-        if steps == 0:
-            return
+    def forever(self, per_epoch: int) -> Iterator[Batch]:
+        """Batches without end, ``per_epoch`` samples (a multiple of the global batch) of every epoch, with the same
+        workers throughout. For trainers: with accumulation an epoch ends at a whole optimiser step."""
+        if per_epoch % self.global_batch or not 0 < per_epoch <= len(self.order):
+            raise UsageError("an epoch takes whole global batches", expected=f"k * {self.global_batch}", found=str(per_epoch))
+        start_epoch, start = self.epoch, self.consumed
+
+        def keys() -> Iterator[_Key]:
+            epoch, at = start_epoch, start
+            while True:
+                if at + self.global_batch > per_epoch:
+                    epoch, at = epoch + 1, 0
+                yield epoch, at + self.rank * self.batch_size
+                at += self.global_batch
+
+        for batch in self._delivered(keys):
+            if self.consumed + self.global_batch > per_epoch:
+                self.epoch, self.consumed = self.epoch + 1, 0
+            self.consumed += self.global_batch
+            yield batch
+
+    def _delivered(self, keys: Callable[[], Iterator[_Key]]) -> Iterator[Batch]:
+        source = _Source(self.reader, self.order, self.batch_size)
         if self.workers == 0:
-            for step in range(steps):
-                yield source.packed(step)
+            for key in keys():
+                yield self.delivery.batch(source.packed(key), self.device)
             return
-        yield from self._from_workers(source, steps)
-
-    def _from_workers(self, source: _Source, steps: int) -> Iterator[Packed]:
         loader = torch.utils.data.DataLoader(
-            _Steps(source),
+            _Batches(source),
             batch_size=None,
-            sampler=range(steps),
-            num_workers=min(self.workers, steps),
+            sampler=_Keys(keys),  # type: ignore[arg-type]
+            num_workers=self.workers,
             multiprocessing_context="spawn",
             prefetch_factor=2,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_one_thread,
             timeout=self.timeout_s,
         )
-        step = 0
+        expected = keys()
         try:
             for value in loader:
                 if isinstance(value, ImkdError):
                     raise value
-                yield value
-                step += 1
+                next(expected)
+                yield self.delivery.batch(value, self.device)
         except RuntimeError as error:
-            raise self._worker_error(error, source, step) from error
+            raise self._worker_error(error, source, next(expected)) from error
 
-    def _worker_error(self, error: RuntimeError, source: _Source, step: int) -> ImkdError:
+    def _worker_error(self, error: RuntimeError, source: _Source, key: _Key) -> ImkdError:
         """A worker that died or hung: say what it was doing."""
-        tokens = ", ".join(t[:12] for t in source.tokens(step))
+        tokens = ", ".join(t[:12] for t in source.tokens(key))
         text = str(error)
         if "timed out" in text:
             return NoProgressError(

@@ -25,7 +25,9 @@ GRID = BevGrid(x_min_m=-9.6, y_min_m=-6.4, cell_m=0.2, nx=96, ny=64)  # neither 
 class MemoryCache:
     """Every field of ``names`` for all scenes of a toy world; rows are numbered with a gap after every scene."""
 
-    def __init__(self, root: Path, *, without: tuple[str, ...] = (), scenes: int = 4, keyframes: int = 5, **recipe: Any) -> None:
+    def __init__(
+        self, root: Path, *, without: tuple[str, ...] = (), scenes: int = 4, keyframes: int = 5, **recipe: Any
+    ) -> None:
         write_toy(root, scenes=scenes, keyframes=keyframes)
         self.path, self.suite, self.id = root, SUITE, "memory"
         self.reader = open_toy(root)

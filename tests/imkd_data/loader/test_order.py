@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imkd_data.errors import MismatchError, UsageError
-from imkd_data.loader.order import Order, check_state, permuted, rank_positions, selection_hash
+from imkd_data.loader.order import Order, check_state, permuted, selection_hash
 
 
 @given(n=st.integers(1, 700), key=st.integers(0, 2**64 - 1))
@@ -71,14 +71,6 @@ def test_block_shuffle_with_uneven_shards() -> None:
     order = Order(rows=np.arange(8), shards=shards, shuffle="block", block_shards=2)
     for epoch in range(6):
         assert sorted(order.at(epoch, np.arange(8)).tolist()) == list(range(8))
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_ranks_share_one_global_batch(world: int) -> None:
-    per_rank = 6 // world
-    for step in range(4):
-        parts = [rank_positions(12, step, batch_size=per_rank, rank=r, world=world) for r in range(world)]
-        assert np.concatenate(parts).tolist() == list(range(12 + 6 * step, 18 + 6 * step))
 
 
 def test_states_of_other_data_are_refused_with_the_difference() -> None:

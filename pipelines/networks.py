@@ -1,0 +1,212 @@
+"""From a run to modules: the network, its frozen teachers, the distiller, and what the stream must deliver for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imkd_data.errors import MismatchError, MissingFeatureError, UsageError
+from imkd_data.loader.batch import Batch
+from imkd_models.checkpoint import load_model, weights_hash
+from imkd_models.config import FusionConfig, LabelConfig, ModelConfig, StudentConfig
+from imkd_models.distill import FrozenTeacher, Method, check_needs, make_method
+from imkd_models.distill.base import Distiller
+from imkd_models.presets import build_model, config_from_dict, label_config_for
+from pipelines.run import Run
+
+__all__ = ["Networks", "TrainUnit", "build_networks", "stream_values"]
+
+STATE_FEATURES = ("rcs_dbsm", "dyn_prop", "ambig_state", "invalid_state", "pdh0")
+
+
+@dataclass(slots=True, kw_only=True)
+class Networks:
+    """config: of the network as built (method changes applied). teacher_sha256: identity of every teacher's weights.
+    kept: networks that the checkpoint must hold besides the model (a label encoder's LiDAR teacher)."""
+
+    model: nn.Module
+    config: ModelConfig
+    teachers: dict[str, FrozenTeacher] = field(default_factory=dict)
+    distiller: Distiller | None = None
+    method: Method | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    teacher_sha256: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def grid(self) -> Any:
+        """Grid of the head maps."""
+        return self.config.grid
+
+
+class TrainUnit(nn.Module):
+    """Network and distiller in one module, so that distributed training synchronises both; teachers stay outside.
+
+    ``forward(batch)`` -> weighted loss terms by log name.
+    """
+
+    def __init__(self, networks: Networks) -> None:
+        super().__init__()
+        self.model = networks.model
+        self.distiller = networks.distiller
+        self._teachers = (networks.teachers,)  # a tuple: their weights are in no state dict, optimiser or DDP bucket
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Terms of the detection loss and of the method."""
+        outputs = self.model(batch)
+        terms: dict[str, Tensor] = dict(self.model.loss(outputs, batch))  # type: ignore[operator]
+        if self.distiller is not None:
+            theirs = {name: teacher(batch) for name, teacher in self._teachers[0].items()}
+            terms.update(self.distiller(outputs, theirs, batch))
+        return terms
+
+
+def _load_teachers(paths: Mapping[str, Path | str]) -> tuple[dict[str, FrozenTeacher], dict[str, str], dict[str, Any]]:
+    teachers, hashes, metas = {}, {}, {}
+    for name, path in paths.items():
+        network, meta = load_model(path, attach=False)
+        teachers[name], hashes[name], metas[name] = FrozenTeacher(network, name=name), meta["weights_sha256"], meta
+    return teachers, hashes, metas
+
+
+def build_networks(run: Run, teachers: Mapping[str, Path | str] | None = None, *, pretrained: bool = True) -> Networks:
+    """Build everything a run trains with, on the CPU; weights depend on ``run.seed`` alone.
+
+    Raises:
+        MissingFeatureError: a teacher is not given, or a network does not deliver what the method reads.
+        UsageError: a teacher that nothing uses. MismatchError: a label encoder of another LiDAR teacher.
+    """
+    given = dict(teachers or {})
+    torch.manual_seed(run.seed)
+    config = config_from_dict(run.model)
+    if isinstance(config, LabelConfig):
+        return _label_networks(run, config, given)
+    method = make_method(run.method) if run.method else None
+    if method is None or not isinstance(config, StudentConfig):
+        if run.method and not isinstance(config, StudentConfig):
+            raise UsageError(
+                f"method {run.method} trains a student, and this run trains a {config.kind} network", found=run.name
+            )
+        if given:
+            raise UsageError(
+                f"run {run.name} uses no teacher",
+                found=", ".join(given),
+                next="choose a method with --method (see `imkd methods`)",
+            )
+        return Networks(model=build_model(config, pretrained=pretrained), config=config)
+    options = method.make_options(run.options)
+    config = config.with_values(**method.changes(options))
+    model = build_model(config, pretrained=pretrained)
+    wanted = method.teachers_for(options)
+    if extra := sorted(set(given) - set(wanted)):
+        raise UsageError(
+            f"method {method.name} does not use teacher {', '.join(extra)}",
+            expected=", ".join(wanted) or "no teacher",
+            found=", ".join(given),
+        )
+    _refuse_missing(method.name, wanted, given)
+    frozen, hashes, metas = _load_teachers(given)
+    _check_label_teacher(metas, hashes)
+    check_needs(method.needs_for(options), model, frozen)
+    if method.prepare is not None:
+        method.prepare(options, model, frozen)
+    distiller = method.build(options, model, frozen, config.grid)
+    return Networks(
+        model=model,
+        config=config,
+        teachers=frozen,
+        distiller=distiller,
+        method=method,
+        options=options.as_dict(),
+        teacher_sha256=hashes,
+    )
+
+
+_ADVICE = {"label": "; without it: --set stage2_label=off"}
+
+
+def _refuse_missing(method: str, wanted: tuple[str, ...], given: Mapping[str, Any]) -> None:
+    missing = [n for n in wanted if n not in given]
+    if missing:
+        flags = " ".join(f"--teacher {n}=CKPT" for n in missing)
+        advice = "".join(_ADVICE.get(n, "") for n in missing) if method == "imkd" else ""
+        raise MissingFeatureError(
+            f"method {method} needs teacher {', '.join(missing)}",
+            rule="train.teachers",
+            expected=", ".join(wanted),
+            found=", ".join(given) or "none",
+            next=flags + advice,
+        )
+
+
+def _check_label_teacher(metas: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
+    """A label encoder speaks the features of the LiDAR teacher it was trained with."""
+    if {"label", "lidar"} <= set(metas):
+        trained_with = metas["label"]["model"].get("teacher_sha256", "")
+        if trained_with and trained_with != hashes["lidar"]:
+            raise MismatchError(
+                "the label teacher was trained with another LiDAR teacher",
+                expected=f"weights {trained_with[:16]}",
+                found=f"weights {hashes['lidar'][:16]}",
+                next="train the label encoder again with this LiDAR teacher",
+            )
+
+
+def _label_networks(run: Run, config: LabelConfig, given: Mapping[str, Path | str]) -> Networks:
+    if run.method:
+        raise UsageError("a label encoder is trained without a method", found=run.method)
+    _refuse_missing(f"run {run.name}", ("lidar",), given)
+    if extra := sorted(set(given) - {"lidar"}):
+        raise UsageError("a label encoder has one teacher, lidar", found=", ".join(extra))
+    teacher: Any = load_model(given["lidar"])[0]
+    fitted = label_config_for(teacher, name=config.name, hidden=config.hidden)
+    digest = weights_hash(teacher)
+    fitting = config.with_values(stages=fitted.stages, grid=fitted.grid, groups=fitted.groups, teacher_sha256=digest)
+    torch.manual_seed(run.seed)
+    model = build_model(fitting, teacher=teacher)
+    return Networks(model=model, config=fitting, teacher_sha256={"lidar": digest}, kept={"teacher_lidar": teacher})
+
+
+def stream_values(networks: Networks) -> dict[str, Any]:
+    """Arguments of ``imkd_data.stream`` that follow from the networks: fields, history, image size, grid, radar columns."""
+    parts, history = {"boxes"}, {0}
+    image_hw, features = None, ["rcs_dbsm"]
+    configs: list[Any] = [networks.config, *(t.network.config for t in networks.teachers.values())]
+    for config in configs:
+        camera = config.student if isinstance(config, FusionConfig) else config
+        sensors = () if isinstance(config, LabelConfig) else _sensors(config)
+        parts |= {{"camera": "images", "radar": "radar_points", "lidar": "lidar_points"}[s] for s in sensors}
+        if isinstance(camera, StudentConfig) and "camera" in sensors:
+            if image_hw not in (None, camera.image_hw_px):
+                raise MismatchError(
+                    "student and teacher read images of different sizes", expected=str(image_hw), found=str(camera.image_hw_px)
+                )
+            image_hw = camera.image_hw_px
+            if camera.depth_input or (config is networks.config and camera.depth_weight > 0):
+                parts.add("depth")
+        if isinstance(config, StudentConfig):
+            if config.radar_states:
+                features = list(STATE_FEATURES)
+            if config is networks.config:
+                history |= set(config.history)
+    if networks.distiller is not None:
+        parts |= set(networks.distiller.needs.batch)
+    own = networks.config.history if isinstance(networks.config, StudentConfig) else (0,)
+    return {
+        "fields": tuple(sorted(parts)),
+        "history": tuple(own),
+        "image_hw_px": image_hw,
+        "grid": networks.grid,
+        "radar_features": tuple(features),
+    }
+
+
+def _sensors(config: ModelConfig) -> tuple[str, ...]:
+    if isinstance(config, StudentConfig):
+        return tuple(n for n, on in (("camera", config.camera), ("radar", config.radar)) if on)
+    return ("camera", "lidar") if isinstance(config, FusionConfig) else ("lidar",)

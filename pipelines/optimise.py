@@ -1,0 +1,72 @@
+"""Optimiser groups, learning-rate schedules and the averaged copy of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.run import OptimConfig
+
+__all__ = ["Ema", "lr_factor", "make_optimiser"]
+
+
+def make_optimiser(model: nn.Module, distiller: nn.Module | None, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW: the network (its image backbone at ``backbone_factor``) and the distiller with its own no-decay names."""
+    backbone: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (backbone if ".backbone." in f".{name}" else rest).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": rest, "factor": 1.0},
+        {"params": backbone, "factor": config.backbone_factor},
+    ]
+    if distiller is not None:
+        groups += [{**g, "factor": 1.0} for g in distiller.parameter_groups(config.weight_decay)]  # type: ignore[operator]
+    groups = [g for g in groups if g["params"]]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def lr_factor(config: OptimConfig, step: int, *, total_steps: int, steps_per_epoch: int) -> float:
+    """Multiplier of lr for optimiser step ``step`` (from 0)."""
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    share = step / max(1, total_steps)
+    if config.schedule == "step":
+        epoch = step / max(1, steps_per_epoch)
+        return warm * config.gamma ** sum(epoch >= m for m in config.milestones)
+    if config.schedule == "cosine":
+        return warm * 0.5 * (1 + math.cos(math.pi * share))
+    if config.schedule == "one_cycle":
+        up = config.warmup_share
+        if share < up:
+            return 0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * share / up))
+        return 0.5 * (1 + math.cos(math.pi * (share - up) / max(1e-9, 1 - up)))
+    return warm
+
+
+class Ema:
+    """Exponential moving average of a network's floating weights; buffers are copied. decay grows as (1 + t) / (10 + t)."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.shadow: dict[str, Tensor] = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """After optimiser step ``step`` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        parameters = dict(model.named_parameters())
+        for name, value in model.state_dict().items():
+            if name in parameters and value.is_floating_point():
+                self.shadow[name].lerp_(value.detach().to(self.shadow[name].dtype), 1 - decay)
+            else:
+                self.shadow[name].copy_(value)
+
+    def load(self, shadow: Mapping[str, Tensor]) -> None:
+        """Continue from saved averages."""
+        for name, value in shadow.items():
+            self.shadow[name].copy_(value)

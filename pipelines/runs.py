@@ -1,0 +1,221 @@
+"""The runs by name: functions that return a ``Run``. One function a run; no work at import."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from imkd_data.errors import UsageError
+from imkd_data.loader.augment import IDENTITY
+from pipelines.run import LoaderConfig, OptimConfig, Run
+
+__all__ = ["RUNS", "get_run"]
+
+_FITTING = LoaderConfig(split="all", workers=0, augment=IDENTITY)
+_TINY = LoaderConfig(workers=0)
+
+
+def _preset(name: str, **changes: Any) -> dict[str, Any]:
+    from imkd_models.presets import preset_config
+
+    return preset_config(name, **changes).as_dict()
+
+
+def _fit(name: str, summary: str, model: dict[str, Any], steps: int, lr: float, **changes: Any) -> Run:
+    """A network that memorises a few rows: no augmentation, no weight decay, one-cycle."""
+    values: dict[str, Any] = {
+        "batch_size": 1,
+        "max_steps": steps,
+        "checkpoint_every": 100,
+        "keep": 1,
+        "optim": OptimConfig(lr=lr, weight_decay=0.0, schedule="one_cycle", warmup_share=0.15, clip=10.0),
+        "loader": _FITTING,
+    }
+    return Run(name=name, summary=summary, model=model, **{**values, **changes})
+
+
+def overfit() -> Run:
+    """Teacher, label encoder and IMKD student memorise the cache's rows, validation rows too; at most 800 steps in all."""
+    return Run(
+        name="overfit",
+        summary="teacher, label encoder and IMKD student memorise the rows of a small cache (augmentation off)",
+        epochs=0,
+        max_steps=750,
+        batch_size=1,
+        loader=_FITTING,
+        stages=(
+            _fit("teacher", "LiDAR teacher", _preset("tiny_lidar"), 250, 4e-3),
+            _fit("label", "label encoder", _preset("tiny_label"), 100, 3e-3),
+            _fit("student", "IMKD student", _preset("tiny"), 400, 3e-3, method="imkd"),
+        ),
+    )
+
+
+def tiny_teacher() -> Run:
+    """LiDAR teacher for CPUs."""
+    return Run(
+        name="tiny_teacher",
+        summary="LiDAR pillar teacher small enough for a CPU",
+        model=_preset("tiny_lidar"),
+        epochs=12,
+        batch_size=2,
+        optim=OptimConfig(lr=2e-3, weight_decay=1e-2, schedule="one_cycle", ema=0.99),
+        loader=_TINY,
+    )
+
+
+def tiny_label() -> Run:
+    """Label encoder of a tiny LiDAR teacher; needs --teacher lidar=CKPT."""
+    return Run(
+        name="tiny_label",
+        summary="label encoder through a frozen LiDAR teacher (needs --teacher lidar=CKPT)",
+        model=_preset("tiny_label"),
+        epochs=6,
+        batch_size=2,
+        optim=OptimConfig(lr=1e-3, weight_decay=1e-7, schedule="one_cycle"),
+        loader=_TINY,
+    )
+
+
+def tiny_student() -> Run:
+    """Camera-radar student for CPUs; a method is chosen with --method."""
+    return Run(
+        name="tiny_student",
+        summary="camera-radar student small enough for a CPU; add --method and --teacher to distil",
+        model=_preset("tiny"),
+        epochs=12,
+        batch_size=2,
+        optim=OptimConfig(lr=2e-3, weight_decay=1e-2, schedule="one_cycle", ema=0.99),
+        loader=_TINY,
+    )
+
+
+def tiny_fusion() -> Run:
+    """LiDAR-camera teacher for CPUs."""
+    return Run(
+        name="tiny_fusion",
+        summary="LiDAR-camera teacher small enough for a CPU (crkd, adaptive_smooth)",
+        model=_preset("tiny_fusion"),
+        epochs=12,
+        batch_size=2,
+        optim=OptimConfig(lr=2e-3, weight_decay=1e-2, schedule="one_cycle", ema=0.99),
+        loader=_TINY,
+    )
+
+
+# Full size. Schedules: crn section 4, imkd sections 2.1, 2.2 and 8.
+_LARGE = LoaderConfig(workers=8)
+
+
+def _student(name: str, summary: str, preset: str, *, method: str | None = None, **changes: Any) -> Run:
+    values: dict[str, Any] = {
+        "epochs": 24,
+        "batch_size": 4,
+        "global_batch": 16,
+        "precision": "bf16-mixed",
+        "optim": OptimConfig(ema=0.999),
+        "loader": _LARGE,
+    }
+    return Run(name=name, summary=summary, model=_preset(preset), method=method, **{**values, **changes})
+
+
+def crn_r50() -> Run:
+    """CRN, ResNet-50, 256x704, four keyframes, as published: no EMA."""
+    return _student("crn_r50", "CRN baseline, ResNet-50, 256x704", "crn_r50", optim=OptimConfig())
+
+
+def crn_r18() -> Run:
+    """CRN, ResNet-18."""
+    return _student("crn_r18", "CRN baseline, ResNet-18, 256x704", "crn_r18", optim=OptimConfig())
+
+
+def imkd_r50() -> Run:
+    """IMKD on CRN ResNet-50; needs --teacher lidar=CKPT --teacher label=CKPT."""
+    return _student("imkd_r50", "IMKD student, ResNet-50, 256x704", "crn_r50", method="imkd")
+
+
+def imkd_r101() -> Run:
+    """IMKD on CRN ResNet-101, 512x1408."""
+    return _student("imkd_r101", "IMKD student, ResNet-101, 512x1408", "crn_r101", method="imkd", batch_size=2)
+
+
+def imkd_convnext_b() -> Run:
+    """IMKD with ConvNeXt-B."""
+    return _student("imkd_convnext_b", "IMKD student, ConvNeXt-B, 256x704", "convnext_b", method="imkd")
+
+
+def imkd_swin_t() -> Run:
+    """IMKD with Swin-T."""
+    return _student("imkd_swin_t", "IMKD student, Swin-T, 256x704", "swin_t", method="imkd")
+
+
+def _teacher(name: str, summary: str, preset: str) -> Run:
+    return Run(
+        name=name,
+        summary=summary,
+        model=_preset(preset),
+        epochs=20,
+        batch_size=4,
+        global_batch=16,
+        precision="bf16-mixed",
+        optim=OptimConfig(lr=1e-4, weight_decay=1e-2, milestones=(16.0, 19.0), ema=0.999, clip=35.0),
+        loader=_LARGE,
+    )
+
+
+def centerpoint_pillar() -> Run:
+    """LiDAR teacher: CenterPoint with 0.2 m pillars."""
+    return _teacher("centerpoint_pillar", "LiDAR teacher, CenterPoint with 0.2 m pillars", "centerpoint_pillar")
+
+
+def pillar_r34() -> Run:
+    """LiDAR teacher: dense 0.1 m pillars, ResNet-34 stages."""
+    return _teacher("pillar_r34", "LiDAR teacher, 0.1 m pillars with ResNet-34 stages", "pillar_r34")
+
+
+def fusion_r50() -> Run:
+    """LiDAR-camera teacher of crkd and adaptive_smooth."""
+    return _teacher("fusion_r50", "LiDAR-camera teacher, pillars and ResNet-50", "fusion")
+
+
+def label() -> Run:
+    """Label encoder of a full-size LiDAR teacher; needs --teacher lidar=CKPT."""
+    return Run(
+        name="label",
+        summary="label encoder through a frozen LiDAR teacher (needs --teacher lidar=CKPT)",
+        model=_preset("label"),
+        epochs=12,
+        batch_size=4,
+        global_batch=16,
+        optim=OptimConfig(lr=1e-3, weight_decay=1e-7, milestones=(10.0, 11.0), ema=0.999),
+        loader=_LARGE,
+    )
+
+
+RUNS: dict[str, Callable[[], Run]] = {
+    f.__name__: f
+    for f in (
+        overfit,
+        tiny_teacher,
+        tiny_label,
+        tiny_student,
+        tiny_fusion,
+        imkd_r50,
+        imkd_r101,
+        imkd_convnext_b,
+        imkd_swin_t,
+        crn_r50,
+        crn_r18,
+        centerpoint_pillar,
+        pillar_r34,
+        fusion_r50,
+        label,
+    )
+}
+
+
+def get_run(name: str) -> Run:
+    """The run of that name. Errors: UsageError listing the names."""
+    if name not in RUNS:
+        raise UsageError(f"no run {name!r}", expected=", ".join(RUNS), found=name, next="see `imkd runs`")
+    return RUNS[name]()

@@ -1,0 +1,436 @@
+"""Training: one loop for every network, method and machine. Fabric places tensors; order, state and steps are ours.
+
+Exact resume: the random state of a step is a function of (seed, step, rank), the order of samples is arithmetic, and a
+checkpoint holds optimiser, averages and the stream's position. So a run killed anywhere and resumed gives the weights of
+the uninterrupted run, bit for bit on CPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from imkd_data.errors import ImkdError, InterruptedBuildError, UsageError
+from imkd_data.loader.batch import Batch
+from imkd_data.loader.order import key64
+from imkd_data.loader.stream import Stream, held_out_rows, stream
+from imkd_models.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
+from pipelines.guard import EXIT_CODES, StopSignals, agree, elsewhere, non_finite_error
+from pipelines.machine import accumulation, make_fabric
+from pipelines.networks import Networks, TrainUnit, build_networks, stream_values
+from pipelines.optimise import Ema, lr_factor, make_optimiser
+from pipelines.run import Run, check_resumable
+from pipelines.trainlog import Meter, Tick, TrainLog
+
+if TYPE_CHECKING:
+    from imkd_data.cache.store import Cache
+
+__all__ = ["TrainResult", "train"]
+
+Progress = Callable[[Tick], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """checkpoint: last.ckpt of the (last) network. step: optimiser steps done. losses: terms of the last logged step.
+    stages: checkpoints by stage for a run of several networks."""
+
+    out: Path
+    checkpoint: Path
+    step: int
+    losses: dict[str, float]
+    seconds: float
+    stages: dict[str, Path] = field(default_factory=dict)
+
+
+def train(
+    run: Run,
+    cache: Cache | Path | str,
+    out: Path | str,
+    teachers: Mapping[str, Path | str] | None = None,
+    *,
+    resume: bool | str = False,
+    progress: Progress | None = None,
+    devices: int = 1,
+    accelerator: str = "auto",
+    validate: Callable[[torch.nn.Module, int], float] | None = None,
+) -> TrainResult:
+    """Train a run on a cache into the folder ``out``.
+
+    Args:
+        teachers: name -> checkpoint. resume: True continues ``out``; "auto" starts where nothing is yet.
+        progress: called about once a second. validate: (network, step) -> score, larger is better.
+
+    Raises:
+        UsageError: held-out rows, a folder that holds a run already. MissingFeatureError: cache or teachers lack
+        something. MismatchError: resumed with another configuration or cache. InterruptedBuildError: stopped by a signal.
+    """
+    from imkd_data import open_cache
+
+    opened = open_cache(cache) if isinstance(cache, str | Path) else cache
+    root = Path(out)
+    if not run.stages:
+        return _Trainer(
+            run, opened, root, dict(teachers or {}), run.name, resume, progress, devices, accelerator, validate
+        ).train()
+    given = dict(teachers or {})
+    made: dict[str, Path] = {}
+    result = None
+    for stage in run.stages:
+        folder = root / stage.name
+        state = "auto" if resume else False
+        wanted = _stage_teachers(stage, given, made)
+        trainer = _Trainer(stage, opened, folder, wanted, run.name, state, progress, devices, accelerator, validate)
+        result = trainer.train()
+        made[stage.name] = folder / "last.ckpt"
+    assert result is not None
+    return TrainResult(
+        out=root, checkpoint=result.checkpoint, step=result.step, losses=result.losses, seconds=result.seconds, stages=made
+    )
+
+
+# Stage name -> the teacher name under which later stages use it.
+_TEACHER_OF_STAGE = {"teacher": "lidar", "label": "label", "fusion": "fusion"}
+
+
+def _stage_teachers(stage: Run, given: Mapping[str, Path | str], made: Mapping[str, Path]) -> dict[str, Path | str]:
+    have: dict[str, Path | str] = {_TEACHER_OF_STAGE[n]: p for n, p in made.items() if n in _TEACHER_OF_STAGE}
+    have.update(given)
+    if stage.model.get("kind") == "label":
+        names: tuple[str, ...] = ("lidar",)
+    elif stage.method:
+        from imkd_models.distill import make_method
+
+        method = make_method(stage.method)
+        names = method.teachers_for(method.make_options(stage.options))
+    else:
+        names = ()
+    return {n: have[n] for n in names if n in have}
+
+
+class _Trainer:
+    """One network's training. Lives for one call of ``train``."""
+
+    def __init__(
+        self,
+        run: Run,
+        cache: Cache,
+        out: Path,
+        teachers: dict[str, Path | str],
+        top: str,
+        resume: bool | str,
+        progress: Progress | None,
+        devices: int,
+        accelerator: str,
+        validate: Callable[[torch.nn.Module, int], float] | None,
+    ) -> None:
+        self.run, self.cache, self.out, self.top = run, cache, out, top
+        self.progress, self.validate = progress, validate
+        self.saved = _saved(out, resume)
+        self.fabric = make_fabric(run, devices, accelerator)
+        self.world, self.rank = self.fabric.world_size, self.fabric.global_rank
+        self.global_batch, self.accumulate = accumulation(run, self.world)
+        self.networks: Networks = build_networks(run, teachers, pretrained=self.saved is None)
+        self.stream = self._stream()
+        self.steps_per_epoch = len(self.stream.order) // self.global_batch
+        if self.steps_per_epoch == 0:
+            raise UsageError(
+                "fewer rows than one optimiser step takes",
+                expected=f"at least {self.global_batch}",
+                found=f"{len(self.stream.order)} rows",
+                next="lower batch_size or global_batch",
+            )
+        self.total = run.max_steps or run.epochs * self.steps_per_epoch
+        self.meter = Meter(self.global_batch)
+        self.losses: dict[str, float] = {}
+
+    def _stream(self) -> Stream:
+        run, loader = self.run, self.run.loader
+        made = stream(
+            self.cache,
+            run.batch_size,
+            split=loader.split,
+            augment=loader.augment,
+            seed=run.seed,
+            shuffle=loader.shuffle,  # type: ignore[arg-type]
+            rank=self.rank,
+            world=self.world,
+            workers=loader.workers,
+            radar_filter=loader.radar_filter,
+            radar_sweeps=loader.radar_sweeps,
+            lidar_sweeps=loader.lidar_sweeps,
+            intensity_from=loader.intensity_from,
+            device=self.fabric.device,
+            drop_last=False,  # epochs end at whole optimiser steps, see Stream.forever
+            **stream_values(self.networks),
+        )
+        if self.top != "overfit" and (held := held_out_rows(self.cache, made.order.rows)):
+            raise UsageError(
+                "validation rows are not trained on",
+                rule="train.held_out",
+                expected="rows of train or mini_train",
+                found=f"{len(held)} of {len(made.order)} rows from other splits (loader.split={loader.split})",
+                next="leave loader.split at train; only the run `overfit` may use every row",
+            )
+        return made
+
+    # ------------------------------------------------------------------------------------------------------ the loop
+
+    def train(self) -> TrainResult:
+        """Run to the end, or to a signal."""
+        begun = time.perf_counter()
+        unit, optimiser, ema, first = self._set_up()
+        log = TrainLog(self.out, resumed_step=first, tensorboard=self.run.tensorboard) if self.rank == 0 else None
+        batches = self.stream.forever(self.steps_per_epoch * self.global_batch)
+        saved_step = first if self.saved is not None else -1
+        try:
+            with StopSignals() as signals:
+                for step in range(first, self.total):
+                    stopped = self._step(step, batches, unit, optimiser, ema, log, signals)
+                    if stopped or self._due(step + 1):
+                        self._save(step + 1, unit, optimiser, ema)
+                        saved_step = step + 1
+                    if stopped:
+                        raise _interrupted(stopped, step + 1, self.total)
+            if saved_step != self.total:
+                self._save(self.total, unit, optimiser, ema)
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+            if log is not None:
+                log.close()
+        return TrainResult(
+            out=self.out,
+            checkpoint=self.out / "last.ckpt",
+            step=self.total,
+            losses=self.losses,
+            seconds=time.perf_counter() - begun,
+        )
+
+    def _set_up(self) -> tuple[Any, Any, Ema | None, int]:
+        run = self.run
+        plain = TrainUnit(self.networks)
+        raw_optimiser = make_optimiser(plain.model, plain.distiller, run.optim)
+        for teacher in self.networks.teachers.values():
+            teacher.to(self.fabric.device)
+        unit, optimiser = self.fabric.setup(plain, raw_optimiser)
+        unit.train()
+        ema = Ema(plain.model, run.optim.ema) if run.optim.ema else None
+        first = 0
+        if self.saved is not None:
+            check_resumable(self.saved.meta["run"], self._config())
+            first = self._restore(self.saved, plain, raw_optimiser, ema)
+        return unit, optimiser, ema, first
+
+    def _restore(self, saved: Checkpoint, unit: TrainUnit, optimiser: torch.optim.Optimizer, ema: Ema | None) -> int:
+        state = saved.training
+        deployed = saved.model
+        load_weights(unit.model, state["raw"] if ema is not None else deployed, file=saved.path)
+        if ema is not None:
+            ema.load(deployed)
+        if unit.distiller is not None:
+            load_weights(unit.distiller, saved.distiller or {}, file=saved.path)
+        optimiser.load_state_dict(state["optimiser"])
+        if "scaler" in state and getattr(self.fabric._precision, "scaler", None) is not None:
+            self.fabric._precision.scaler.load_state_dict(state["scaler"])
+        self.stream.load_state_dict(state["stream"])
+        return saved.step
+
+    def _step(
+        self,
+        step: int,
+        batches: Iterator[Batch],
+        unit: Any,
+        optimiser: Any,
+        ema: Ema | None,
+        log: TrainLog | None,
+        signals: StopSignals,
+    ) -> int:
+        """One optimiser step; returns the stop signal that any rank received, else 0."""
+        begun, waited = time.perf_counter(), 0.0
+        config = self.run.optim
+        torch.manual_seed(key64("step", self.run.seed, step, self.rank) & 0x7FFF_FFFF_FFFF_FFFF)
+        factor = lr_factor(config, step, total_steps=self.total, steps_per_epoch=self.steps_per_epoch)
+        for group in optimiser.param_groups:
+            group["lr"] = config.lr * factor * group["factor"]
+        sums: dict[str, torch.Tensor] = {}
+        for micro in range(self.accumulate):
+            batch, pause, trouble = self._next(batches)
+            waited += pause
+            last = micro == self.accumulate - 1
+            quiet = nullcontext() if last or self.world == 1 else self.fabric.no_backward_sync(unit)
+            with quiet:
+                terms = unit(batch) if batch is not None else {}
+                loss = sum(terms.values()) / self.accumulate if terms else torch.zeros(())
+                self._all_well(batch, terms, loss, trouble, step)
+                self.fabric.backward(loss)
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0) + value.detach() / self.accumulate
+        norm = self._clip(unit, optimiser, batch, step)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        if ema is not None:
+            ema.update(self.networks.model, step)
+        self.meter.add(time.perf_counter() - begun, waited)
+        self._tell(step + 1, sums, norm, config.lr * factor, log)
+        return agree(signals.received, self.fabric.device)
+
+    def _next(self, batches: Iterator[Batch]) -> tuple[Batch | None, float, ImkdError | None]:
+        """The next batch and the time waited; an error is kept until every rank knows of it."""
+        begun = time.perf_counter()
+        try:
+            batch = next(batches)
+        except ImkdError as error:
+            if self.world == 1:
+                raise
+            return None, 0.0, error
+        return batch, time.perf_counter() - begun, None
+
+    def _all_well(self, batch: Batch | None, terms: Any, loss: torch.Tensor, trouble: ImkdError | None, step: int) -> None:
+        bad = trouble is not None or not bool(torch.isfinite(loss.detach()))
+        if not agree(int(bad), self.fabric.device):
+            return
+        if trouble is not None:
+            raise trouble
+        if bad and batch is not None:
+            raise non_finite_error(batch, terms, step=step + 1, out=self.out, what="the loss")
+        raise elsewhere()
+
+    def _clip(self, unit: Any, optimiser: Any, batch: Batch | None, step: int) -> float:
+        if not self.run.optim.clip:
+            return 0.0
+        norm = self.fabric.clip_gradients(unit, optimiser, max_norm=self.run.optim.clip, error_if_nonfinite=False)
+        value = float(norm)  # type: ignore[arg-type]
+        if value != value or value == float("inf"):
+            if self.run.precision == "16-mixed":
+                return value  # the loss scaler skips this step and lowers its scale
+            assert batch is not None
+            gradients = {
+                n: p.grad for n, p in unit.named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all())
+            }
+            raise non_finite_error(batch, gradients, step=step + 1, out=self.out, what="the gradient")
+        return value
+
+    # ------------------------------------------------------------------------------------------------ telling, saving
+
+    def _tell(self, step: int, sums: Mapping[str, torch.Tensor], norm: float, lr: float, log: TrainLog | None) -> None:
+        logged = step % self.run.log_every == 0 or step == self.total
+        if not (logged or self.progress):
+            return
+        self.losses = {name: float(value) for name, value in sums.items()}
+        total = sum(self.losses.values())
+        rates = {"samples_per_s": self.meter.samples_per_s, "data_wait": self.meter.data_wait}
+        if logged and log is not None:
+            epoch = (step - 1) // self.steps_per_epoch
+            log.write(step, {"epoch": epoch, "loss": total, **self.losses, "lr": lr, "grad_norm": norm, **rates})
+        if self.progress is not None and self.rank == 0:
+            left = (self.total - step) * self.meter.step_s
+            tick = Tick(stage=self.run.name, step=step, total=self.total, loss=total, lr=lr, eta_s=left, **rates)
+            self.progress(tick)
+
+    def _due(self, step: int) -> bool:
+        every = self.run.checkpoint_every or self.steps_per_epoch
+        return step % every == 0 or step == self.total
+
+    def _config(self) -> dict[str, Any]:
+        return {**self.run.as_dict(), "global_batch": self.global_batch, "teachers": dict(self.networks.teacher_sha256)}
+
+    def _save(self, step: int, unit: Any, optimiser: Any, ema: Ema | None) -> None:
+        if self.rank != 0:
+            self.fabric.barrier()
+            return
+        state: dict[str, Any] = {"optimiser": optimiser.optimizer.state_dict(), "stream": self.stream.state_dict()}
+        if ema is not None:
+            state["raw"] = self.networks.model.state_dict()
+        scaler = getattr(self.fabric._precision, "scaler", None)
+        if scaler is not None:
+            state["scaler"] = scaler.state_dict()
+        score = None
+        if self.validate is not None and self.run.validate_every and step % self.run.validate_every == 0:
+            score = self.validate(self.networks.model, step)
+        meta = {
+            "name": self.top if self.top == self.run.name else f"{self.top}/{self.run.name}",
+            "run": self._config(),
+            "method": self.run.method,
+            "options": self.networks.options,
+            "model": self.networks.config.as_dict(),
+            "networks": {n: m.config.as_dict() for n, m in self.networks.kept.items()},  # type: ignore[union-attr,operator]
+            "teachers": self.networks.teacher_sha256,
+            "cache": self._cache_meta(),
+            "stream": self._stream_meta(),
+            "metrics": {"losses": self.losses, **({} if score is None else {"score": score})},
+        }
+        save_checkpoint(
+            self.out,
+            step,
+            self.networks.model if ema is None else ema.shadow,
+            self.networks.distiller,
+            state,
+            meta,
+            networks=self.networks.kept,
+            keep=self.run.keep,
+            best=score is not None and score >= self._best(),
+        )
+        self.fabric.barrier()
+
+    def _cache_meta(self) -> dict[str, Any]:
+        recipe = self.cache.recipe
+        return {
+            "id": self.cache.id,
+            "fields": self.stream.identity()["fields"],
+            "dataset": recipe.dataset,
+            "version": recipe.version,
+            "sensors": list(recipe.sensors),
+            "reference_channel": recipe.reference_channel,
+        }
+
+    def _stream_meta(self) -> dict[str, Any]:
+        """How batches must be made for this network at inference: evaluate and predict read it."""
+        request = self.stream.request
+        return {
+            "history": list(request.history),
+            "image_hw_px": list(request.image_hw_px),
+            "grid": request.grid.as_dict(),
+            "radar_filter": request.radar_filter,
+            "radar_features": list(request.radar_features),
+            "radar_sweeps": request.radar_sweeps,
+            "lidar_sweeps": request.lidar_sweeps,
+        }
+
+    def _best(self) -> float:
+        try:
+            return float(load_checkpoint(self.out / "best.ckpt").meta["metrics"]["score"])
+        except (ImkdError, KeyError):
+            return float("-inf")
+
+
+def _saved(out: Path, resume: bool | str) -> Checkpoint | None:
+    """The checkpoint to continue from. Errors: UsageError where a run exists and --resume was not given."""
+    there = (out / "last.ckpt").is_symlink()
+    if resume == "auto":
+        return load_checkpoint(out / "last.ckpt") if there else None
+    if resume:
+        return load_checkpoint(out / "last.ckpt")
+    if there:
+        raise UsageError(
+            "this folder holds a run already",
+            found=str(out / "last.ckpt"),
+            next="continue it with --resume, or choose another --out",
+        )
+    return None
+
+
+def _interrupted(number: int, step: int, total: int) -> InterruptedBuildError:
+    import signal
+
+    return InterruptedBuildError(
+        f"stopped by {signal.Signals(number).name} after step {step} of {total}",
+        signal_code=EXIT_CODES[signal.Signals(number)],
+        kept="the checkpoint of this step is written",
+        next="the same command with --resume continues",
+    )

@@ -1,0 +1,107 @@
+"""What a run tells: log.jsonl (one object per logged step), TensorBoard, and the numbers of the progress line."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Meter", "Tick", "TrainLog"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick:
+    """One line of progress. data_wait: share of the time spent waiting for batches, 0..1."""
+
+    stage: str
+    step: int
+    total: int
+    loss: float
+    lr: float
+    samples_per_s: float
+    data_wait: float
+    eta_s: float
+
+    def text(self) -> str:
+        """``student 120/400  loss 3.21  12.3 samples/s  data wait 1 %  eta 0:45``."""
+        minutes, seconds = divmod(round(self.eta_s), 60)
+        clock = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+        return (
+            f"{self.stage} {self.step}/{self.total}  loss {self.loss:.4f}  {self.samples_per_s:.1f} samples/s  "
+            f"data wait {100 * self.data_wait:.0f} %  eta {clock}"
+        )
+
+
+class Meter:
+    """Rates over a sliding window of steps."""
+
+    def __init__(self, samples_per_step: int) -> None:
+        self.samples = samples_per_step
+        self.times: list[tuple[float, float]] = []  # (seconds of a step, seconds of it spent waiting)
+
+    def add(self, seconds: float, waited: float) -> None:
+        """One step."""
+        self.times = [*self.times[-49:], (seconds, waited)]
+
+    @property
+    def step_s(self) -> float:
+        """Mean seconds per step; the first steps of a run are slow, so the newest 50 count."""
+        return sum(t for t, _ in self.times) / max(1, len(self.times))
+
+    @property
+    def samples_per_s(self) -> float:
+        """Samples per second over all ranks."""
+        return self.samples / self.step_s if self.step_s > 0 else 0.0
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time spent waiting for data."""
+        total = sum(t for t, _ in self.times)
+        return sum(w for _, w in self.times) / total if total > 0 else 0.0
+
+
+class TrainLog:
+    """``log.jsonl`` and TensorBoard files of one run, written by rank 0. After a resume at step k, lines past k are gone,
+    so the file equals that of an uninterrupted run up to times."""
+
+    def __init__(self, out: Path, *, resumed_step: int, tensorboard: bool) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.path = out / "log.jsonl"
+        if self.path.exists():
+            self._cut(resumed_step)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=resumed_step + 1)
+
+    def _cut(self, step: int) -> None:
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):  # torn by a kill
+                continue
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(partial, self.path)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One object; floats keep every digit."""
+        self.file.write(json.dumps({"step": step, **values, "time": round(time.time(), 3)}) + "\n")
+        self.file.flush()
+        if self.writer is not None:
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.file.close()
+        if self.writer is not None:
+            self.writer.close()
