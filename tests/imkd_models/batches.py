@@ -194,3 +194,26 @@ def make_batch(
         "boxes": truth,
     }
     return Batch(**{**fields, **changes})
+
+
+def small_student(**changes: Any) -> Any:
+    """Configuration of a very small student that fits ``make_batch``'s defaults."""
+    from imkd_models.presets import tiny_config
+
+    values = {"grid": ODD_GRID, "image_hw_px": (64, 96), "depth_bins": 12, "depth_step_m": 1.5}
+    return tiny_config(**{**values, **changes})
+
+
+def small_lidar(**changes: Any) -> Any:
+    """Configuration of a very small LiDAR teacher on ODD_GRID."""
+    from imkd_models.presets import tiny_lidar_config
+
+    return tiny_lidar_config(**{"grid": ODD_GRID, **changes})
+
+
+def small_fusion(**changes: Any) -> Any:
+    """Configuration of a very small LiDAR-camera teacher on ODD_GRID."""
+    from imkd_models.presets import tiny_fusion_config
+
+    parts = {"grid": ODD_GRID, "lidar": small_lidar(), "student": small_student(radar=False, depth_input=True)}
+    return tiny_fusion_config(**{**parts, **changes})
