@@ -16,7 +16,7 @@ from imkd_data.world.shapes import Part
 
 REACH_M = 105.0
 NOISE_M = 0.008
-POWER_FLOOR = 4.5e-4
+POWER_FLOOR = 2.8e-4
 
 # Reflectivity, its patchiness, and how it changes with the cosine of incidence; by ground material (see world.road).
 _GROUND_CLASS = np.array(
@@ -24,7 +24,7 @@ _GROUND_CLASS = np.array(
 )
 # The own car under the sensor, ego frame: roof with its rack, and the bonnet's edge.
 _OWN_CAR = (
-    Part(shape=raycast.BOX, centre_m=(0.66, 0.0, 1.48), half_m=(0.74, 0.53, 0.03), colour=(0.0, 0.0, 0.0), reflectivity=8.0),
+    Part(shape=raycast.BOX, centre_m=(0.66, 0.0, 1.48), half_m=(0.74, 0.565, 0.03), colour=(0.0, 0.0, 0.0), reflectivity=8.0),
     Part(shape=raycast.BOX, centre_m=(2.38, 0.0, 1.05), half_m=(0.05, 0.6, 0.03), colour=(0.0, 0.0, 0.0), reflectivity=8.0),
 )
 

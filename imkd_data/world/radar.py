@@ -31,9 +31,9 @@ FAR_M, FAR_HALF_RAD = 250.0, np.radians(9.0)
 
 # Mean radar cross-section (dBsm) and number of reflection centres by category.
 _RCS = {
-    "vehicle.car": (9.0, 4), "vehicle.truck": (15.0, 6), "vehicle.bus.rigid": (16.0, 7), "vehicle.trailer": (16.0, 7),
-    "vehicle.construction": (14.0, 5), "vehicle.motorcycle": (3.0, 2), "vehicle.bicycle": (0.5, 2),
-    "vehicle.emergency.police": (9.0, 4), "movable_object.barrier": (2.0, 2), "movable_object.trafficcone": (-3.0, 1),
+    "vehicle.car": (9.0, 2), "vehicle.truck": (15.0, 3), "vehicle.bus.rigid": (16.0, 4), "vehicle.trailer": (16.0, 4),
+    "vehicle.construction": (14.0, 3), "vehicle.motorcycle": (3.0, 2), "vehicle.bicycle": (0.5, 2),
+    "vehicle.emergency.police": (9.0, 2), "movable_object.barrier": (2.0, 2), "movable_object.trafficcone": (-3.0, 1),
     "movable_object.pushable_pullable": (0.0, 1),
 }  # fmt: skip
 _PERSON_RCS = (-2.5, 1)
@@ -68,7 +68,7 @@ class RadarModel:
         spot[~edge, 1] = np.sign(spot[~edge, 1])
         self.spot = spot * (size[:, :2] / 2 - 0.12)
         mean = np.array([_RCS.get(scene.actors[a].category, _PERSON_RCS)[0] for a in self.owner])
-        self.rcs = mean + 4.0 * rng.standard_normal(len(self.owner)) - 4.0
+        self.rcs = mean + 4.0 * rng.standard_normal(len(self.owner)) - 3.0
 
     def scan(self, channel: str, t_s: float, things: Primitives, tree: raycast.Tree) -> NDArray[np.void]:
         """One scan (P,) of dtype ``POINT`` in the sensor frame. ``things`` and ``tree``: primitives near the instant."""
@@ -140,14 +140,14 @@ def _standing_scatterers(scene: Scene, rng: np.random.Generator) -> tuple[F64, F
             along[~side, 0] = np.sign(along[~side, 0])
         lx, ly = along[:, 0] * p[3], along[:, 1] * p[4]
         spots.append(np.stack([p[0] + p[6] * lx - p[7] * ly, p[1] + p[7] * lx + p[6] * ly], axis=1))
-        mean = 1.0 if p[10] > 0 else (8.0 if length > 3.0 else 5.0)
+        mean = 2.0 if p[10] > 0 else (9.0 if length > 3.0 else 6.0)
         rcs.append(mean + 5.5 * rng.standard_normal(count))
     run = scene.road.length_m + scene.road.s_min_m
     clutter = int(run * 3.2)
     s = rng.uniform(scene.road.s_min_m + 5.0, run - 5.0, clutter)
     x, y, _ = scene.road.pose(s, rng.normal(0.0, 13.0, clutter))
     spots.append(np.stack([x, y], axis=1))
-    rcs.append(rng.normal(-1.0, 4.0, clutter))
+    rcs.append(rng.normal(1.0, 4.0, clutter))
     return np.concatenate(spots), np.concatenate(rcs)
 
 
@@ -158,14 +158,14 @@ def _seen(relative: F64, rcs: F64, rng: np.random.Generator) -> NDArray[np.int64
     near_beam = (far < NEAR_M) & (angle < NEAR_HALF_RAD)
     far_beam = (far < FAR_M) & (angle < FAR_HALF_RAD)
     index = np.flatnonzero((near_beam | far_beam) & (far > 1.0))
-    reach = np.where(far_beam[index], 115.0, 62.0 * np.cos(angle[index]) ** 0.5 + 1.0)
+    reach = np.where(far_beam[index], 160.0, 62.0 * np.cos(angle[index]) ** 0.5 + 1.0)
     snr_db = rcs[index] - 40.0 * np.log10(far[index] / reach) + 2.0
     chance = 0.72 / (1.0 + np.exp(-snr_db / 3.0))
     return np.asarray(index[rng.random(len(index)) < chance])
 
 
 def _points(xy: F64, velocity: F64, rcs: F64, moves: NDArray[np.bool_], own: F64, rng: np.random.Generator) -> NDArray[np.void]:
-    """Measured positions, velocities and states of one scan; ghosts are added; at most ``MAX_POINTS``, nearest first."""
+    """Measured positions, velocities and states of one scan; ghosts are added; at most ``MAX_POINTS``, about nearest first."""
     ghosts = rng.poisson(0.07 * len(xy) + 0.5)
     if len(xy) and ghosts:  # mirrored by a wall: farther away on nearly the same bearing
         pick = rng.integers(0, len(xy), ghosts)
@@ -176,11 +176,12 @@ def _points(xy: F64, velocity: F64, rcs: F64, moves: NDArray[np.bool_], own: F64
     ghost = np.arange(len(xy)) >= len(xy) - (ghosts if len(xy) else 0)
     far = np.hypot(xy[:, 0], xy[:, 1])
     xy = xy + rng.normal(0.0, 0.06, xy.shape) + (xy[:, ::-1] * (-1.0, 1.0)) * rng.normal(0.0, 0.003, (len(xy), 1))
-    order = np.argsort(far + rng.normal(0.0, 1.0, len(far)), kind="stable")[:MAX_POINTS]
+    kept = rng.permutation(len(far))[:MAX_POINTS]  # the sensor reports no more
+    order = kept[np.argsort(far[kept] + rng.normal(0.0, 1.0, len(kept)), kind="stable")]
     xy, velocity, rcs, moves, ghost = xy[order], velocity[order], rcs[order], moves[order], ghost[order]
     x, y = np.round(xy[:, 0] / 0.2) * 0.2, (np.floor(xy[:, 1] / 0.2) + 0.5) * 0.2
     line = np.stack([x, y], axis=1) / np.maximum(np.hypot(x, y), 0.1)[:, None]
-    radial = (velocity * line).sum(axis=1) + rng.normal(0.0, 0.07, len(x))
+    radial = (velocity * line).sum(axis=1) + rng.normal(0.0, 0.11, len(x)) * np.where(rng.random(len(x)) < 0.2, 3.0, 1.0)
     unknown = ghost & (rng.random(len(x)) < 0.75)  # the sensor gave no velocity: raw is zero and everything seems to move
     guess = np.where(moves[:, None], radial[:, None] * line, (radial * rng.uniform(0.3, 1.0, len(x)))[:, None] * line)
     raw = np.where(unknown[:, None], 0.0, np.round((guess - own) / 0.25) * 0.25)

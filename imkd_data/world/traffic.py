@@ -107,7 +107,7 @@ _KERB = (
     "gap",
     "vehicle.emergency.police",
 )
-_KERB_SHARE = (0.3, 0.05, 0.03, 0.03, 0.035, 0.04, 0.505, 0.01)
+_KERB_SHARE = (0.24, 0.045, 0.03, 0.03, 0.025, 0.03, 0.59, 0.01)
 
 
 def _kerb(cast: Cast, side: int, last_s: float) -> None:
@@ -160,7 +160,7 @@ def _lane(cast: Cast, d: float, path_m: F64, first_s: float, last_s: float, clea
             track = motion.drive(cast.road, cast.grid_s, back, np.full_like(back, offset), direction)
             cast.add("vehicle.trailer", "moving", track, trailer)
             s += trailer[0] + 3.0 if direction < 0 else 0.0
-        s += 6.0 + float(rng.exponential(38.0))
+        s += 6.0 + float(rng.exponential(42.0))
 
 
 def _crossing(cast: Cast) -> None:
