@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +13,8 @@ import numpy as np
 
 from imkd_data.classes import DETECTION_CLASSES
 from imkd_data.errors import InputDataError, MismatchError, SourceMissingError, UsageError
-from pipelines.evaluate_fast import CONFIG, fast_metrics, filter_table, occurring_mean
+from pipelines.evaluate_detail import match_detail, write_detail
+from pipelines.evaluate_fast import CONFIG, EvalTable, fast_metrics, filter_table, occurring_mean
 from pipelines.evaluate_tables import iter_results, read_results, read_truth, truth_counts
 
 if TYPE_CHECKING:
@@ -148,15 +150,36 @@ def _devkit_metrics(
     return json.loads(json.dumps(metrics.serialize())) | {"meta": meta}, curves.serialize(), counts
 
 
-def _fast(
-    results: Path, dataroot: Path, version: str, tokens: Sequence[str], ego_xy_m: np.ndarray | None, channel: str
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tables:
+    """Filtered truth and detections as columns, and the submission's meta."""
+
+    truth: EvalTable
+    found: EvalTable
+    meta: dict[str, Any]
+
+
+def read_tables(
+    results: Path,
+    dataroot: Path,
+    version: str,
+    tokens: Sequence[str],
+    *,
+    ego_xy_m: np.ndarray | None = None,
+    channel: str = REFERENCE_CHANNEL,
+    class_range: Mapping[str, float] = CONFIG["class_range"],
+) -> Tables:
+    """Truth and submission of ``tokens`` after the official filters (``class_range`` may differ in a robustness protocol)."""
     truth = read_truth(dataroot, version, tokens, ego_xy_m=ego_xy_m, channel=channel)
     found, meta = read_results(results, tokens, truth.ego_xy_m, CONFIG["max_boxes_per_sample"], check_sample_sets)
-    kept = filter_table(truth.boxes, CONFIG["class_range"], truth.bike_racks)
-    summary, curves = fast_metrics(kept, filter_table(found, CONFIG["class_range"], truth.bike_racks))
+    kept = [filter_table(boxes, class_range, truth.bike_racks) for boxes in (truth.boxes, found)]
+    return Tables(truth=kept[0], found=kept[1], meta=meta)
+
+
+def _fast_metrics(tables: Tables) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+    summary, curves = fast_metrics(tables.truth, tables.found)
     plain = {key: {name: values.tolist() for name, values in c.items()} for key, c in curves.items()}
-    return json.loads(json.dumps(summary)) | {"meta": meta}, plain, truth_counts(kept)
+    return json.loads(json.dumps(summary)) | {"meta": tables.meta}, plain, truth_counts(tables.truth)
 
 
 def write_metrics(out: Path, summary: Mapping[str, Any], curves: Mapping[str, Any]) -> None:
@@ -179,12 +202,14 @@ def evaluate_results(
     ego_xy_m: np.ndarray | None = None,
     reference_channel: str = REFERENCE_CHANNEL,
     extra: Mapping[str, Any] | None = None,
+    detail: bool = True,
 ) -> dict[str, Any]:
     """Score a submission on exactly ``tokens`` (any samples of the tree) and write the devkit's metric files to ``out``.
 
     Returns the devkit's summary with additional keys: ``mAP_occurring`` = mean of the per-class AP over the classes with
     truth left after the official range and point filters, ``occurring_classes``, ``truth_boxes`` (per class),
-    ``num_samples``, ``engine``, and ``extra``. ego_xy_m (S, 2) spares the fast engine two large tables.
+    ``num_samples``, ``engine``, and ``extra``. ego_xy_m (S, 2) spares the fast engine two large tables. detail: also write
+    ``evaluation.npz``, what happened to every box (the report reads it).
 
     Raises:
         MismatchError: predicted samples and ``tokens`` differ. UsageError: no truth in the samples.
@@ -202,8 +227,11 @@ def evaluate_results(
         if absent:
             raise InputDataError("samples are not in the tables", token=absent[0], found=f"{len(absent)} absent", file=dataroot)
         summary, curves, counts = _devkit_metrics(nusc, results, tokens)
-    else:
-        summary, curves, counts = _fast(results, dataroot, version, tokens, ego_xy_m, reference_channel)
+        del nusc
+    if engine == "fast" or detail:
+        tables = read_tables(results, dataroot, version, tokens, ego_xy_m=ego_xy_m, channel=reference_channel)
+    if engine == "fast":
+        summary, curves, counts = _fast_metrics(tables)
     if not sum(counts.values()):
         raise UsageError(
             "nothing to score: no truth box is left in these samples after the official range and point filters",
@@ -214,6 +242,8 @@ def evaluate_results(
     summary |= {"mAP_occurring": occurring, "occurring_classes": names, "truth_boxes": counts}
     summary |= {"num_samples": len(tokens), "engine": engine, **(extra or {})}
     write_metrics(out, summary, curves)
+    if detail:
+        write_detail(out, match_detail(tables.truth, tables.found, tokens))
     return summary
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from imkd_data.classes import CLASS_RANGE_M, DETECTION_CLASSES
 from imkd_data.kernels.match import match_detections
 
-__all__ = ["CONFIG", "EvalTable", "fast_metrics", "filter_table", "occurring_mean"]
+__all__ = ["CONFIG", "EvalTable", "fast_metrics", "filter_table", "match_errors", "occurring_mean"]
 
 F64 = NDArray[np.float64]
 
@@ -108,7 +108,7 @@ def _angle_error(truth: F64, found: F64, period: float) -> F64:
     return np.asarray(np.abs(np.where(diff > np.pi, diff - 2 * np.pi, diff)))
 
 
-def _match_errors(truth: EvalTable, found: EvalTable, period: float) -> dict[str, F64]:
+def match_errors(truth: EvalTable, found: EvalTable, period: float) -> dict[str, F64]:
     """Errors of matched pairs, row by row: metres, m/s, 1 - IoU of aligned boxes, radians, wrong attribute (NaN = none)."""
     step = found.translation_m[:, :2] - truth.translation_m[:, :2]
     speed = found.velocity_mps - truth.velocity_mps
@@ -148,7 +148,7 @@ def _curves(truth: EvalTable, found: EvalTable, match: NDArray[np.int64], period
         "precision": np.interp(_RECALL, recall, tp / (fp + tp), right=0),
         "confidence": np.interp(_RECALL, recall, found.score, right=0),
     }
-    errors = _match_errors(truth.where(match[hit]), found.where(hit), period)
+    errors = match_errors(truth.where(match[hit]), found.where(hit), period)
     matched_score = found.score[hit]
     for name, values in errors.items():
         out[name] = np.interp(out["confidence"][::-1], matched_score[::-1], _running_mean(values)[::-1])[::-1]

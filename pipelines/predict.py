@@ -41,6 +41,8 @@ def stream_options(model: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:
 
     Radar filter and numbers of sweeps come from the run that made the checkpoint (``meta["run"]``).
     """
+    from pipelines.networks import STATE_FEATURES
+
     sensors = model_sensors(model)
     parts = [_PART_OF_SENSOR[s] for s in sensors]
     config: Any = model.config
@@ -51,6 +53,8 @@ def stream_options(model: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:
         parts.append("boxes")  # the label encoder reads the truth itself
     loader = dict(dict(meta.get("run") or {}).get("loader") or {})
     options: dict[str, Any] = {k: loader[k] for k in ("radar_filter", "radar_sweeps", "lidar_sweeps") if k in loader}
+    if getattr(config, "radar_states", False):
+        options["radar_features"] = STATE_FEATURES
     if "camera" in sensors:
         options["image_hw_px"] = tuple(camera.image_hw_px)
     return options | {
