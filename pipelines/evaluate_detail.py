@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -114,7 +115,7 @@ def read_detail(folder: Path) -> Detail:
             return Detail(**{f.name: stored[f.name] for f in fields(Detail)})
     except FileNotFoundError as error:
         raise SourceMissingError("no evaluation detail here", file=path, next="run imkd evaluate again") from error
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile, EOFError) as error:
         raise CacheDamageError(
             f"evaluation detail cannot be read: {error}", file=path, next="run imkd evaluate again"
         ) from error
