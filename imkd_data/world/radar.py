@@ -158,7 +158,7 @@ def _seen(relative: F64, rcs: F64, rng: np.random.Generator) -> NDArray[np.int64
     near_beam = (far < NEAR_M) & (angle < NEAR_HALF_RAD)
     far_beam = (far < FAR_M) & (angle < FAR_HALF_RAD)
     index = np.flatnonzero((near_beam | far_beam) & (far > 1.0))
-    reach = np.where(far_beam[index], 160.0, 62.0 * np.cos(angle[index]) ** 0.5 + 1.0)
+    reach = np.where(far_beam[index], 135.0, 74.0 * np.cos(angle[index]) ** 0.5 + 1.0)
     snr_db = rcs[index] - 40.0 * np.log10(far[index] / reach) + 2.0
     chance = 0.72 / (1.0 + np.exp(-snr_db / 3.0))
     return np.asarray(index[rng.random(len(index)) < chance])

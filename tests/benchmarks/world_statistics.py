@@ -3,7 +3,7 @@
     python tests/benchmarks/world_statistics.py [WORLD] [--real DIR]
 
 WORLD: a tree of ``imkd-data synth`` (default: a small one is made in a temporary folder). DIR: the folder that holds
-``nuscenes_keyframe`` and ``nuscenes_mini_val_radar`` (default ``$IMKD_REAL_DATA``, else ``../shared/data``). Nothing is written.
+``nuscenes_keyframe`` and ``nuscenes_mini_val_radar`` (default: as the tests find it). Nothing is written.
 """
 
 from __future__ import annotations
@@ -179,9 +179,8 @@ def main(arguments: list[str]) -> int:
             distance = [quantile_distance(v, pick(real[0])) for v in values]
             pooled = quantile_distance(np.concatenate(values), pick(real[0]))
             between = quantile_distance(pick(both[0]), pick(both[1])) if len(both) > 1 else float("nan")
-            print(f"Intensity, {name}: mean quantile distance to the genuine key frame {span(distance)} by frame, {pooled:.1f} pooled; "
-                  f"between two genuine frames {between:.1f}")  # fmt: skip
-        print()
+            print(f"Intensity, {name}: mean quantile distance to the genuine key frame {span(distance)} by frame,")
+            print(f"{pooled:.1f} pooled; between two genuine frames {between:.1f}", end="\n\n")
         print(table("Boxes", box_statistics(world), box_statistics(keyframe)), end="\n\n")
         print(table("Front radar", radar_statistics(radar_scans(world)), radar_statistics(radar_scans(scans))))
     return 0
