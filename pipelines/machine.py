@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,14 +12,35 @@ import torch
 from imkd_data.errors import UsageError
 from pipelines.run import Run
 
-__all__ = ["accumulation", "make_fabric"]
+__all__ = ["Machine", "accumulation", "bytes_from_text", "make_fabric"]
 
 
-def make_fabric(run: Run, devices: int, accelerator: str) -> Any:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What the command line says about the machine. memory_limit: text such as 22GiB, enforced on GPUs."""
+
+    devices: int = 1
+    accelerator: str = "auto"
+    memory_limit: str | None = None
+
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def bytes_from_text(text: str) -> int:
+    """``22GiB`` -> bytes. Errors: UsageError."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].lower() not in _UNITS:
+        raise UsageError("a size cannot be read", expected="a number with KiB, MiB, GiB, KB, MB or GB", found=text)
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def make_fabric(run: Run, machine: Machine) -> Any:
     """Fabric for one process, torchrun, srun or --devices N."""
     from lightning.fabric import Fabric
     from lightning.fabric.strategies.ddp import DDPStrategy
 
+    devices, accelerator = machine.devices, machine.accelerator
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     nodes = max(1, _env_int("SLURM_JOB_NUM_NODES", 1)) if _env_int("SLURM_NTASKS", 1) > 1 else 1
@@ -26,6 +49,11 @@ def make_fabric(run: Run, devices: int, accelerator: str) -> Any:
     local = _env_int("LOCAL_WORLD_SIZE", 0) or devices
     fabric = Fabric(accelerator=accelerator, devices=local, num_nodes=nodes, strategy=strategy, precision=run.precision)  # type: ignore[arg-type]
     fabric.launch()
+    if machine.memory_limit is not None and fabric.device.type == "cuda":
+        wanted = bytes_from_text(machine.memory_limit)
+        total = torch.cuda.get_device_properties(fabric.device).total_memory
+        if wanted < total:  # beyond it the allocator raises out-of-memory, whatever the card has
+            torch.cuda.set_per_process_memory_fraction(wanted / total, fabric.device)
     return fabric
 
 

@@ -136,6 +136,26 @@ class Run:
         """A changed copy."""
         return replace(self, **changes)
 
+    def with_method(self, method: str) -> Run:
+        """The run with a distillation method ("none" for none); in a run of several stages, its students' method."""
+        if self.stages:
+            stages = tuple(s.with_method(method) if s.model.get("kind") == "student" else s for s in self.stages)
+            return replace(self, stages=stages)
+        if method == "none":
+            return replace(self, method=None, options={})
+        from imkd_models.distill import make_method
+
+        make_method(method)  # an unknown name is an error here already
+        return replace(self, method=method, options=self.options if method == self.method else {})
+
+    def with_max_steps(self, steps: int) -> Run:
+        """At most ``steps`` optimiser steps; several stages share them in proportion, each at least one."""
+        if not self.stages:
+            return replace(self, max_steps=steps)
+        total = sum(s.max_steps for s in self.stages)
+        stages = tuple(replace(s, max_steps=min(s.max_steps, max(1, s.max_steps * steps // total))) for s in self.stages)
+        return replace(self, max_steps=min(self.max_steps, steps), stages=stages)
+
     def with_settings(self, settings: Mapping[str, Any]) -> Run:
         """Apply ``--set`` values. In a run of several stages ``stage.key`` reaches one stage and a plain key every stage
         that has it. Errors: UsageError naming the unknown key and close names."""

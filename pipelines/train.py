@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from imkd_data.loader.order import key64
 from imkd_data.loader.stream import Stream, held_out_rows, stream
 from imkd_models.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from pipelines.guard import EXIT_CODES, StopSignals, agree, elsewhere, non_finite_error
-from pipelines.machine import accumulation, make_fabric
+from pipelines.machine import Machine, accumulation, make_fabric
 from pipelines.networks import Networks, TrainUnit, build_networks, stream_values
 from pipelines.optimise import Ema, lr_factor, make_optimiser
 from pipelines.run import Run, check_resumable
@@ -59,13 +59,15 @@ def train(
     progress: Progress | None = None,
     devices: int = 1,
     accelerator: str = "auto",
-    validate: Callable[[torch.nn.Module, int], float] | None = None,
+    memory_limit: str | None = None,
+    dataroot: Path | None = None,
 ) -> TrainResult:
     """Train a run on a cache into the folder ``out``.
 
     Args:
         teachers: name -> checkpoint. resume: True continues ``out``; "auto" starts where nothing is yet.
-        progress: called about once a second. validate: (network, step) -> score, larger is better.
+        progress: called after every step. memory_limit: e.g. "22GiB", enforced on GPUs. dataroot: where the truth for
+        validation lies (``validate_every``).
 
     Raises:
         UsageError: held-out rows, a folder that holds a run already. MissingFeatureError: cache or teachers lack
@@ -74,25 +76,17 @@ def train(
     from imkd_data import open_cache
 
     opened = open_cache(cache) if isinstance(cache, str | Path) else cache
-    root = Path(out)
+    machine = Machine(devices=devices, accelerator=accelerator, memory_limit=memory_limit)
+    root, given, made = Path(out), dict(teachers or {}), dict[str, Path]()
     if not run.stages:
-        return _Trainer(
-            run, opened, root, dict(teachers or {}), run.name, resume, progress, devices, accelerator, validate
-        ).train()
-    given = dict(teachers or {})
-    made: dict[str, Path] = {}
-    result = None
+        return _Trainer(run, opened, root, given, run.name, resume, progress, machine, dataroot).train()
     for stage in run.stages:
         folder = root / stage.name
-        state = "auto" if resume else False
         wanted = _stage_teachers(stage, given, made)
-        trainer = _Trainer(stage, opened, folder, wanted, run.name, state, progress, devices, accelerator, validate)
+        trainer = _Trainer(stage, opened, folder, wanted, run.name, "auto" if resume else False, progress, machine, dataroot)
         result = trainer.train()
         made[stage.name] = folder / "last.ckpt"
-    assert result is not None
-    return TrainResult(
-        out=root, checkpoint=result.checkpoint, step=result.step, losses=result.losses, seconds=result.seconds, stages=made
-    )
+    return replace(result, out=root, stages=made)
 
 
 # Stage name -> the teacher name under which later stages use it.
@@ -126,14 +120,13 @@ class _Trainer:
         top: str,
         resume: bool | str,
         progress: Progress | None,
-        devices: int,
-        accelerator: str,
-        validate: Callable[[torch.nn.Module, int], float] | None,
+        machine: Machine,
+        dataroot: Path | None,
     ) -> None:
         self.run, self.cache, self.out, self.top = run, cache, out, top
-        self.progress, self.validate = progress, validate
+        self.progress, self.dataroot = progress, dataroot
         self.saved = _saved(out, resume)
-        self.fabric = make_fabric(run, devices, accelerator)
+        self.fabric = make_fabric(run, machine)
         self.world, self.rank = self.fabric.world_size, self.fabric.global_rank
         self.global_batch, self.accumulate = accumulation(run, self.world)
         self.networks: Networks = build_networks(run, teachers, pretrained=self.saved is None)
@@ -350,9 +343,7 @@ class _Trainer:
         scaler = getattr(self.fabric._precision, "scaler", None)
         if scaler is not None:
             state["scaler"] = scaler.state_dict()
-        score = None
-        if self.validate is not None and self.run.validate_every and step % self.run.validate_every == 0:
-            score = self.validate(self.networks.model, step)
+        score = self._validated(step, ema)
         meta = {
             "name": self.top if self.top == self.run.name else f"{self.top}/{self.run.name}",
             "run": self._config(),
@@ -377,6 +368,22 @@ class _Trainer:
             best=score is not None and score >= self._best(),
         )
         self.fabric.barrier()
+
+    def _validated(self, step: int, ema: Ema | None) -> float | None:
+        """NDS of the copy that is deployed, by the fast engine, every ``validate_every`` steps."""
+        if not self.run.validate_every or step % self.run.validate_every:
+            return None
+        from pipelines.validate import score_network
+
+        return score_network(
+            self.networks.model,
+            None if ema is None else ema.shadow,
+            self.cache,
+            self.dataroot,
+            self.out / "validation",
+            meta={"run": self._config()},
+            device=self.fabric.device,
+        )
 
     def _cache_meta(self) -> dict[str, Any]:
         recipe = self.cache.recipe
