@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,44 @@ def real_radar() -> Path:
     if root is None:
         pytest.skip("real_data: no genuine nuScenes files; set IMKD_REAL_DATA")
     return root / "nuscenes_mini_val_radar"
+
+
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that all pytest workers of this run share; the first one makes it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / f"{name}.made").exists():
+            make(base / name)
+            (base / f"{name}.made").touch()
+    return base / name
+
+
+@pytest.fixture(scope="session")
+def synthetic_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic nuScenes tree: v1.0-mini names, two train scenes and one val scene of four keyframes, 128x352 images."""
+    from pipelines.synth import run_synth
+
+    def make(out: Path) -> None:
+        run_synth(out=out, scenes=3, keyframes=4, seed=7, image_size=(128, 352))
+
+    return made_once(tmp_path_factory, "synthetic_world", make)
+
+
+@pytest.fixture(scope="session")
+def synthetic_cache(synthetic_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The standard cache of ``synthetic_world``, both splits; treat it as read-only."""
+    from pipelines.build import build
+
+    def make(out: Path) -> None:
+        build(
+            dataroot=synthetic_world,
+            version="v1.0-mini",
+            splits=("mini_train", "mini_val"),
+            out=out,
+            recipe_overrides={"rows_per_shard": 8, "image_hw_px": (128, 352)},
+            executor="sync",
+        )
+
+    return made_once(tmp_path_factory, "synthetic_cache", make)
