@@ -22,7 +22,7 @@ from imkd_data.loader.batch import Batch, BoxBatch
 from imkd_models.blocks import conv_norm_relu
 from imkd_models.distill.base import HEAD, Distiller, FrozenTeacher, Method, Needs
 from imkd_models.distill.options import Options, option
-from imkd_models.distill.terms import all_mean, all_sum, head_targets, heatmaps_at, quality_focal, smooth_l1
+from imkd_models.distill.terms import all_sum, head_targets, heatmaps_at, normaliser, quality_focal, smooth_l1
 from imkd_models.head import stacked_box_maps
 from imkd_models.outputs import HeadMaps, Outputs
 
@@ -137,7 +137,7 @@ class Alignment(nn.Module):
             cell_loss = self._windows(student / r, teacher / r, d)
         else:
             cell_loss = self._pixel(difference, student - teacher, d)
-        return (mask_B1YX * cell_loss).sum() / all_mean(mask_B1YX.sum()).clamp(min=1)
+        return (mask_B1YX * cell_loss).sum() / normaliser(mask_B1YX.sum())
 
     def _update(self, d: Tensor, mask: Tensor, weight: Tensor, live: bool) -> None:
         mean = all_sum((mask * d).sum()) / weight.clamp(min=EPSILON)
@@ -225,7 +225,7 @@ def soft_response(
     """(class, box) response loss of one class group (adaptive_smooth, section 4)."""
     with torch.no_grad():
         weight = response_weights(teacher, gaussian_BKYX, boxes, grid, options)
-        norm = all_mean(weight.sum()).clamp(min=1)
+        norm = normaliser(weight.sum())
         q = torch.sigmoid(teacher.heatmap_logits_BKYX)
         q = q * gaussian_BKYX if options.quality == "label" else q
         p = torch.sigmoid(student.heatmap_logits_BKYX)

@@ -26,6 +26,7 @@ from imkd_models.distill.terms import (
     first_box_map,
     head_targets,
     heatmaps_at,
+    normaliser,
     quality_focal,
     smooth_l1,
     stage_grid,
@@ -218,7 +219,7 @@ def dense_response(student: Sequence[HeadMaps], teacher: Sequence[HeadMaps]) -> 
     for ours, theirs in zip(student, teacher, strict=True):
         p = torch.sigmoid(theirs.heatmap_logits_BKYX)
         weight = p.amax(1, keepdim=True)
-        norm = all_mean(weight.sum()).clamp(min=1)
+        norm = normaliser(weight.sum())
         cells.append(quality_focal(ours.heatmap_logits_BKYX, p, exponent=1.0).sum() / norm)
         difference = smooth_l1(stacked_box_maps(ours) - stacked_box_maps(theirs), 1.0)
         boxes.append((weight * difference).sum() / norm)

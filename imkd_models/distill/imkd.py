@@ -28,6 +28,7 @@ from imkd_models.distill.terms import (
     gaussian_focal,
     head_targets,
     heatmaps_at,
+    normaliser,
     quality_focal,
     weighted_square,
 )
@@ -189,11 +190,11 @@ def response_loss(
             cells = quality_focal(ours.heatmap_logits_BKYX, target)
         else:
             cells = gaussian_focal(ours.heatmap_logits_BKYX, target.clamp(1e-4, 1 - 1e-4))
-        peaks = all_mean((gaussian == 1).sum().float()).clamp(min=1)
+        peaks = normaliser((gaussian == 1).sum().float())
         mine = truth.valid_BM & (truth.channel_BM >= first) & (truth.channel_BM < first + count)
         a = box_values_at(stacked_box_maps(ours), truth.row_BM, truth.column_BM)
         b = box_values_at(stacked_box_maps(theirs), truth.row_BM, truth.column_BM)
-        box = torch.where(mine[..., None], (a - b).abs(), 0.0).sum() / all_mean(mine.sum().float()).clamp(min=1)
+        box = torch.where(mine[..., None], (a - b).abs(), 0.0).sum() / normaliser(mine.sum().float())
         total.append(cells.sum() / peaks + box_weight * box)
         first += count
     return torch.stack(total).sum()

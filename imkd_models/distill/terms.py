@@ -30,6 +30,7 @@ __all__ = [
     "half_square_on_mask",
     "head_targets",
     "heatmaps_at",
+    "normaliser",
     "quality_focal",
     "released_rectangle_mask",
     "require_finite",
@@ -53,10 +54,21 @@ def all_sum(value: Tensor) -> Tensor:
 
 
 def all_mean(value: Tensor) -> Tensor:
-    """Device average of a global sum: the normaliser that makes losses independent of how a batch is split."""
+    """Device average of a global sum."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return all_sum(value) / torch.distributed.get_world_size()
     return value.detach()
+
+
+def normaliser(value: Tensor) -> Tensor:
+    """max(1, global sum) over the number of devices.
+
+    The mean over devices of (own sum / normaliser) is then the loss of one device with the joined batch, also where one
+    device has no object at all; the lower bound is applied to the global sum for that reason.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return all_sum(value).clamp(min=1) / torch.distributed.get_world_size()
+    return value.detach().clamp(min=1)
 
 
 def require_finite(value: Tensor, name: str) -> Tensor:
@@ -240,7 +252,7 @@ def smooth_l1(difference: Tensor, beta: float | Tensor) -> Tensor:
 def weighted_square(x: Tensor, target: Tensor, weight_B1YX: Tensor) -> Tensor:
     """sum of weight x squared distance over channels / max(1, sum of weight over all devices)."""
     distance = (x - target).square().sum(1, keepdim=True)
-    return (weight_B1YX * distance).sum() / all_mean(weight_B1YX.sum()).clamp(min=1)
+    return (weight_B1YX * distance).sum() / normaliser(weight_B1YX.sum())
 
 
 def half_square_on_mask(x: Tensor, target: Tensor, mask_BYX: Tensor) -> Tensor:

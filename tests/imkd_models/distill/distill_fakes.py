@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from batches import ODD_GRID, make_batch
 from torch import Tensor, nn
 
 from imkd_data.classes import CLASS_GROUPS
@@ -14,7 +15,6 @@ from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import Batch, BoxBatch
 from imkd_models.head import CentreHead
 from imkd_models.outputs import HeadMaps, Outputs
-from batches import ODD_GRID, make_batch
 
 GRID = ODD_GRID  # 24 rows, 32 columns, off-centre
 Shapes = dict[str, tuple[int, int, int]]

@@ -47,7 +47,9 @@ def test_all_terms_are_there_finite_and_positive() -> None:
     assert list(out) == TERMS and all(torch.isfinite(v) and v > 0 for v in out.values())
 
 
-@pytest.mark.parametrize("values", [{}, {"granularity": True}, {"huber": True}, {"beta_rule": "variance"}, {"pixel_loss": "mse"}])
+@pytest.mark.parametrize(
+    "values", [{}, {"granularity": True}, {"huber": True}, {"beta_rule": "variance"}, {"pixel_loss": "mse"}]
+)
 def test_equal_maps_give_zero_with_zero_gradient(values: dict) -> None:
     align = Alignment(16, _options(**values))
     for _ in range(2):
@@ -216,7 +218,7 @@ def test_response_weight_falls_with_distance_and_false_positives_get_none() -> N
     batch, teacher, truth = _group()
     loud = replace(teacher, heatmap_logits_BKYX=torch.full_like(teacher.heatmap_logits_BKYX, 1.0))
     weight = response_weights(loud, truth, batch.boxes, GRID, _options(alpha=0.0))
-    for sample, row, column in ((weight > 0).nonzero()[::7, [0, 2, 3]].tolist() + [[0, 0, 0], [1, 23, 31]])[:12]:
+    for sample, row, column in ([[0, 0, 0], [1, 23, 31], *(weight > 0).nonzero()[::7, [0, 2, 3]].tolist()])[:12]:
         expected = _slow_nearness(loud, batch.boxes, row, column, sample)
         assert float(weight[sample, 0, row, column]) == pytest.approx(expected, abs=1e-5)
     assert (weight == 0).float().mean() > 0.8  # everywhere else the teacher's confidence is a false positive

@@ -11,7 +11,15 @@ from distill_fakes import FUSION, GRID, STUDENT, fake_batch, fake_head, fake_out
 from imkd_data.classes import CLASS_GROUPS
 from imkd_data.errors import MismatchError, RecipeError
 from imkd_models.distill import METHODS
-from imkd_models.distill.crkd import Crkd, RelationAdapter, group_weight, heatmap_target, object_mask, relation_loss, response_terms
+from imkd_models.distill.crkd import (
+    Crkd,
+    RelationAdapter,
+    group_weight,
+    heatmap_target,
+    object_mask,
+    relation_loss,
+    response_terms,
+)
 from imkd_models.outputs import HeadMaps, Outputs
 
 TERMS = ["resp_class", "resp_box", "csrd", "msfd_fused", "msfd_camera", "reld"]

@@ -243,7 +243,9 @@ def _one_peak(p: float) -> list:
     return [replace(head[0], heatmap_logits_BKYX=logits), *head[1:]]
 
 
-@pytest.mark.parametrize(("p", "tau", "count"), [(0.44, 0.1, 0), (0.45, 0.1, 1), (0.44, 1.0, 1), (0.45, 1.0, 1), (0.09, 1.0, 0)])
+@pytest.mark.parametrize(
+    ("p", "tau", "count"), [(0.44, 0.1, 0), (0.45, 0.1, 1), (0.44, 1.0, 1), (0.45, 1.0, 1), (0.09, 1.0, 0)]
+)
 def test_acceptance_of_pseudo_boxes(p: float, tau: float, count: int) -> None:
     assert int(pseudo_boxes(_one_peak(p), GRID, _options(tau=tau)).valid_BM.sum()) == count
 

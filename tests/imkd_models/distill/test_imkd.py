@@ -14,7 +14,7 @@ from imkd_data.errors import MismatchError, MissingFeatureError, RecipeError
 from imkd_models.distill import METHODS
 from imkd_models.distill.imkd import Adaptor, Imkd, response_loss
 from imkd_models.distill.intensity import IntensityRule, intensity_maps
-from imkd_models.distill.terms import head_targets, heatmaps_at
+from imkd_models.distill.terms import head_targets
 from imkd_models.outputs import Outputs
 
 OFF = {"stage1": False, "stage2_lidar": False, "stage2_label": False, "response": "off", "stage3_supervision": False}
@@ -48,7 +48,12 @@ def test_adaptor_sizes_are_those_of_the_specification() -> None:
 
 
 def test_published_channel_partition() -> None:
-    real = {**STUDENT, "bev_radar": (80, *GRID.shape), "bev_fused": (128, *GRID.shape), "bev_stage0": (160, *STUDENT["bev_stage0"][1:])}
+    real = {
+        **STUDENT,
+        "bev_radar": (80, *GRID.shape),
+        "bev_fused": (128, *GRID.shape),
+        "bev_stage0": (160, *STUDENT["bev_stage0"][1:]),
+    }
     distiller = Imkd(METHODS["imkd"].make_options(), real, {"lidar": LIDAR, "label": LABEL}, GRID)
     widths = {k: (p.start, p.stop) for k, p in distiller.parts.items()}
     assert widths == {

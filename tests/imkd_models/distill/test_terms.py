@@ -105,7 +105,9 @@ def test_first_box_wins_and_its_area_is_read() -> None:
     assert (area[first == 0] == 16).all() and (area[first == 1] == 64).all() and (area[first == -1] == 1).all()
 
 
-def _grown(x: float, y: float, yaw: float, velocity: tuple[float, float], bev_from_ego: torch.Tensor | None = None) -> list[float]:
+def _grown(
+    x: float, y: float, yaw: float, velocity: tuple[float, float], bev_from_ego: torch.Tensor | None = None
+) -> list[float]:
     box = one_box(x, y, 4.0, 2.0, yaw, velocity=velocity)
     matrix = torch.eye(4)[None] if bev_from_ego is None else bev_from_ego[None]
     return (terms.grown_sizes(box, matrix)[0, 0] - torch.tensor([4.0, 2.0])).tolist()
