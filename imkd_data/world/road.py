@@ -65,7 +65,7 @@ def make_road(rng: np.random.Generator, run_m: float) -> Road:
     step = np.stack([np.cos(middle), np.sin(middle)], axis=1) * _STEP_M
     xy = np.concatenate([np.zeros((1, 2)), np.cumsum(step, axis=0)])
     xy += 130.0 - xy.min(axis=0)  # map coordinates are positive, with room for what stands beside the road
-    cross = float(rng.uniform(38.0, 60.0))
+    cross = float(rng.uniform(64.0, 84.0))
     return Road(s_min_m=-RUN_UP_M, length_m=length, xy_m=xy, heading_rad=heading, cross_s_m=cross)
 
 

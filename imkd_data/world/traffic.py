@@ -64,7 +64,13 @@ def _work_site(cast: Cast, s: float, side: int) -> float:
     """Cones, barriers, a construction vehicle and workers in the parking lane; returns where it ends."""
     rng = cast.rng
     for k in range(3):
-        cast.stand("movable_object.trafficcone", "prop", s + 1.9 * k, side * (6.75 + 0.25 * k), rng.uniform(-3, 3))
+        cast.stand(
+            "movable_object.trafficcone",
+            "prop",
+            s + float(rng.uniform(1.7, 2.1)) * k,
+            side * (6.75 + 0.25 * k),
+            rng.uniform(-3, 3),
+        )
     for k in range(3):
         lean = float(rng.uniform(-0.08, 0.08))
         cast.stand(
@@ -110,14 +116,13 @@ _KERB = (
 _KERB_SHARE = (0.24, 0.045, 0.03, 0.03, 0.025, 0.03, 0.59, 0.01)
 
 
-def _kerb(cast: Cast, side: int, last_s: float) -> None:
-    """Fill one parking lane from behind the start to the end of the drive; the start holds every standing class."""
+def _kerb(cast: Cast, side: int, last_s: float, opening: list[str]) -> None:
+    """Fill one parking lane from behind the start to the end of the drive; ``opening`` comes first after the start."""
     rng, s = cast.rng, -75.0
-    opening = ["work"] if side < 0 else ["vehicle.truck", "vehicle.trailer", "cycles", "vehicle.bus.rigid"]
     while s < last_s:
         kind = _KERB[int(rng.choice(len(_KERB), p=_KERB_SHARE))]
-        if s > 4.0 and opening:
-            kind = opening.pop(0)
+        if s > -9.0 and opening:
+            s, kind = max(s, 2.5) + float(rng.uniform(0.0, 4.0)), opening.pop(0)
         room = {"work": 27.0, "gap": 0.0, "cycles": 7.0, "vehicle.bus.rigid": 14.0, "vehicle.trailer": 14.0}.get(kind, 9.0)
         if s < cast.road.cross_s_m and s + room > cast.road.cross_s_m - CROSS_HALF_M - 6.0:
             s = cast.road.cross_s_m + CROSS_HALF_M + 6.5
@@ -205,8 +210,13 @@ def make_actors(road: Road, rng: np.random.Generator, grid_s: F64, ego_s_m: F64,
     """All actors of a scene; ``ego_s_m`` (T,) is the ego's own path, which its lane follows."""
     cast = Cast(road=road, grid_s=grid_s, rng=rng, materials=materials)
     run = float(ego_s_m[-1])
-    for side in (-1, 1):
-        _kerb(cast, side, run + 85.0)
+    # Every scene's start holds all standing classes, on sides and in an order that differ from scene to scene.
+    rows = [["work", "vehicle.truck"], [str(k) for k in rng.permutation(["cycles", "vehicle.bus.rigid", "vehicle.trailer"])]]
+    if rows[1][2] == "cycles":
+        rows[1] = [rows[1][2], *rows[1][:2]]
+    flip = int(rng.integers(2))
+    for side, opening in zip((-1, 1), (rows[flip], rows[1 - flip]), strict=True):
+        _kerb(cast, side, run + 85.0, opening)
     _lane(cast, -1.75, ego_s_m, -70.0, run + 20.0, (-14.0, 16.0))
     for d in (-5.25, 1.75, 5.25):
         speed = motion.make_speed(rng, grid_s, str(rng.choice(["cruise", "cruise", "stop"])), float(rng.uniform(5.0, 12.0)))
