@@ -178,23 +178,25 @@ def _vectors(folder: Path, name: str, column: str, width: int, table: pa.Table) 
     """A list column of fixed length -> (rows, width)."""
     lists = table[column].combine_chunks()
     lengths = pc.list_value_length(lists)
+    flat = pc.list_flatten(lists)
     wrong = pc.index(pc.not_equal(lengths, width), True).as_py() if len(lists) else -1
-    if wrong >= 0 or pc.list_flatten(lists).null_count:
+    if wrong < 0 and flat.null_count:
+        wrong = pc.list_parent_indices(lists)[pc.index(pc.is_null(flat), True).as_py()].as_py()
+    if wrong >= 0:
         raise InputDataError(
             f"table {name}: row {wrong} has a wrong {column}",
             rule="table.column",
             expected=f"{width} numbers",
-            found=str(lists[max(wrong, 0)].as_py())[:80],
+            found=str(lists[wrong].as_py())[:80],
             file=f"{folder.name}/{name}.json",
-            token=table["token"][max(wrong, 0)].as_py(),
+            token=table["token"][wrong].as_py(),
         )
-    flat = pc.list_flatten(lists).to_numpy(zero_copy_only=False)
-    return np.asarray(flat, dtype=np.float64).reshape(-1, width)
+    return np.asarray(flat.to_numpy(zero_copy_only=False), dtype=np.float64).reshape(-1, width)
 
 
 def _rotations(quaternion: F64) -> tuple[F64, F64]:
     """(rotation matrices, quaternion norms); a zero or non-finite quaternion gives NaN here and an error where it is used."""
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         norm = np.sqrt((quaternion * quaternion).sum(axis=-1))
         return rotation_from_quaternion(quaternion), norm
 

@@ -61,7 +61,9 @@ def _layout(words: dict[str, list[str]], where: dict[str, Any]) -> np.dtype[Any]
         spec: list[Any] = []
         for name, size, kind, count in zip(names, *columns, strict=True):
             dtype = np.dtype(f"<{_KIND[kind]}{int(size)}")
-            spec.append((name, dtype) if int(count) == 1 else (name, dtype, (min(max(int(count), 1), 1 << 16),)))
+            if not 1 <= int(count) <= 1 << 16:
+                raise ValueError
+            spec.append((name, dtype) if int(count) == 1 else (name, dtype, (int(count),)))
         if not names or len(set(names)) != len(names) or len(names) > _MAX_FIELDS:
             raise ValueError
         return np.dtype(spec)

@@ -24,6 +24,7 @@ BIG_TABLE_BYTES = 32 << 20
 _BLOCK_BYTES = 32 << 20
 _BETWEEN = re.compile(rb"\}\s*,\s*\{")  # the tables hold no nested objects, so this is the border of two rows
 _SPACE = b" \t\r\n"
+_MISTYPED = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError)
 
 
 def read_table(
@@ -101,28 +102,34 @@ def _read_small(path: Path, schema: pa.Schema) -> pa.Table:
     return _from_rows(path, _strict_rows(path, path.read_bytes()), schema)
 
 
+def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """Values as Arrow, without the conversions Arrow would make in silence (1.5 -> 1, True -> 1)."""
+    exact = {pa.int64(): int, pa.bool_(): bool, pa.string(): str}.get(kind)
+    if exact is not None and not all(v is None or type(v) is exact for v in values):
+        raise pa.ArrowTypeError("another type")
+    return pa.array(values, type=kind)
+
+
 def _from_rows(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     columns = []
     for item in schema:
         values = [row.get(item.name) for row in rows]
         try:
-            columns.append(pa.array(values, type=item.type))
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            columns.append(_column(values, item.type))
+        except _MISTYPED as error:
             raise _mistyped(path, item, rows, error) from error
     return pa.table(columns, schema=schema)
 
 
 def _mistyped(path: Path, item: pa.Field, rows: list[dict[str, Any]], error: Exception) -> InputDataError:
+    kind = str(item.type)
     for i, row in enumerate(rows):
         try:
-            pa.array([row.get(item.name)], type=item.type)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-            found = repr(row.get(item.name))[:80]
-            token = str(row.get("token", ""))
-            return _bad(
-                path, f"row {i} has a wrong {item.name}", "table.column", expected=str(item.type), found=found, token=token
-            )
-    return _bad(path, f"wrong {item.name}: {error}", "table.column", expected=str(item.type))
+            _column([row.get(item.name)], item.type)
+        except _MISTYPED:
+            found, token = repr(row.get(item.name))[:80], str(row.get("token", ""))
+            return _bad(path, f"row {i} has a wrong {item.name}", "table.column", expected=kind, found=found, token=token)
+    return _bad(path, f"wrong {item.name}: {error}", "table.column", expected=kind)
 
 
 def _blocks(handle: BinaryIO) -> Iterator[tuple[bytes, int]]:
