@@ -1,0 +1,150 @@
+"""The two table parsers agree; parsers never raise anything unnamed, whatever the bytes."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import imkd_data.readers.tables as tables
+from imkd_data.errors import ImkdError, InputDataError
+from imkd_data.readers.nuscenes import NUSCENES
+from imkd_data.readers.nuscenes_tables import SCHEMAS
+from imkd_data.readers.pcd import parse_lidar, parse_radar
+from imkd_data.readers.tables import key_index, read_table
+from tests.imkd_data.readers.tiny_tree import Tree, lidar_values, radar_file, radar_values
+
+OPTIONAL = frozenset({"visibility_token", "attribute_tokens"})
+WHERE = {"file": "f", "token": "t", "scene": "s", "channel": "c"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tree = Tree(tmp_path_factory.mktemp("tables"), keyframes=4)
+    return tree.root / tree.version
+
+
+@pytest.mark.parametrize("name", ["sample_data", "ego_pose", "sample_annotation", "sample", "instance"])
+@pytest.mark.parametrize(("indent", "block"), [(0, 700), (None, 1999), (4, 1 << 20), (0, 97)])
+def test_big_tables_are_read_as_small_ones(
+    folder: Path, tmp_path: Path, name: str, indent: int | None, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Block by block through Arrow, cut anywhere, equals the standard parser."""
+    monkeypatch.setattr(tables, "_BLOCK_BYTES", block)
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps(json.loads((folder / f"{name}.json").read_text()), indent=indent))
+    small = read_table(path, SCHEMAS[name], optional=OPTIONAL)
+    big = read_table(path, SCHEMAS[name], optional=OPTIONAL, big=0)
+    assert big.num_rows == small.num_rows > 3
+    assert big.combine_chunks().equals(small.combine_chunks())
+
+
+def test_big_empty_table(tmp_path: Path) -> None:
+    path = tmp_path / "sample.json"
+    for text in ("[]", " [ ]\n"):
+        path.write_text(text)
+        assert read_table(path, SCHEMAS["sample"], big=0).num_rows == 0
+
+
+@pytest.mark.parametrize("big", [0, 1 << 30])
+def test_offsets_of_damage_are_the_files(folder: Path, tmp_path: Path, big: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_BLOCK_BYTES", 4096)
+    good = (folder / "sample_data.json").read_bytes()
+    path = tmp_path / "sample_data.json"
+    at = good.index(b'"timestamp"', len(good) * 2 // 3)
+    path.write_bytes(good[:at] + b"?" + good[at:])
+    with pytest.raises(InputDataError) as caught:
+        read_table(path, SCHEMAS["sample_data"], big=big)
+    offset = int(caught.value.details["found"].split("byte ")[1].replace(",", ""))
+    assert caught.value.rule == "table.json" and abs(offset - at) <= 2
+    for cut in (len(good) // 2, len(good) - 2):
+        path.write_bytes(good[:cut])
+        with pytest.raises(InputDataError) as caught:
+            read_table(path, SCHEMAS["sample_data"], big=big)
+        assert caught.value.rule == "table.json" and "byte" in str(caught.value)
+
+
+@pytest.mark.parametrize("big", [0, 1 << 30])
+def test_wrong_types_are_named(folder: Path, tmp_path: Path, big: int) -> None:
+    rows = json.loads((folder / "ego_pose.json").read_text())
+    rows[5]["timestamp"] = "late"
+    path = tmp_path / "ego_pose.json"
+    path.write_text(json.dumps(rows))
+    with pytest.raises(InputDataError, match="row 5") as caught:
+        read_table(path, SCHEMAS["ego_pose"], big=big)
+    assert caught.value.rule == "table.column" and caught.value.details["token"] == rows[5]["token"]
+
+
+def test_key_index() -> None:
+    target = pa.chunked_array([["a", "b"], ["c"]])
+    keys = pa.chunked_array([["c", "", "x", None, "a"]])
+    assert key_index(keys, target).tolist() == [2, -1, -2, -1, 0]
+
+
+RADAR = radar_file(radar_values(np.random.default_rng(0), 5), padding=40)
+LIDAR = lidar_values(np.random.default_rng(0), 2).tobytes()
+quiet = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def named(run: object) -> None:
+    """Runs; an ImkdError that names the file is the only way to fail."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            run()  # type: ignore[operator]
+        except ImkdError as error:
+            assert error.details["file"] and error.rule
+
+
+def radar_parse(data: bytes) -> np.ndarray:
+    return parse_radar(data, NUSCENES.radar_columns, max_points=125, odd=Counter(), dropped=Counter(), **WHERE)
+
+
+def lidar_parse(data: bytes) -> np.ndarray:
+    return parse_lidar(data, intensity_max=255, rings=32, odd=Counter(), dropped=Counter(), **WHERE)
+
+
+@quiet
+@given(st.binary(max_size=400))
+def test_any_bytes_as_points(data: bytes) -> None:
+    named(lambda: radar_parse(data))
+    named(lambda: lidar_parse(data))
+
+
+@quiet
+@given(st.integers(0, len(RADAR) - 1), st.binary(min_size=1, max_size=6))
+def test_any_damage_in_a_radar_file(at: int, what: bytes) -> None:
+    named(lambda: radar_parse(RADAR[:at] + what + RADAR[at + len(what) :]))
+    named(lambda: radar_parse(RADAR[:at]))
+
+
+@quiet
+@given(st.integers(0, len(LIDAR) - 1), st.binary(min_size=1, max_size=6))
+def test_any_damage_in_a_lidar_file(at: int, what: bytes) -> None:
+    named(lambda: lidar_parse(LIDAR[:at] + what + LIDAR[at + len(what) :]))
+
+
+@quiet
+@given(st.sampled_from(["FIELDS", "SIZE", "TYPE", "COUNT", "WIDTH", "HEIGHT", "POINTS", "DATA"]), st.text(max_size=30))
+def test_any_text_in_a_radar_header(key: str, text: str) -> None:
+    data = radar_file(radar_values(np.random.default_rng(0), 5), **{key: text})
+    named(lambda: radar_parse(data))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_damage_in_a_table(folder: Path, tmp_path: Path, data: st.DataObject) -> None:
+    good = (folder / "sample.json").read_bytes()
+    at = data.draw(st.integers(0, len(good) - 1))
+    what = data.draw(st.binary(min_size=1, max_size=4))
+    path = tmp_path / "sample.json"
+    path.write_bytes(good[:at] + what + good[at + len(what) :])
+    for big in (0, 1 << 30):
+        named(lambda big=big: read_table(path, SCHEMAS["sample"], big=big))
