@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 
 from imkd_data.errors import MismatchError, UsageError
+from imkd_data.world import faults
 from imkd_data.world.options import WorldOptions, write_whole
 from imkd_data.world.tables import SCENE_TABLES, TABLES, fixed_rows, lines
 
@@ -74,6 +75,8 @@ def write_world(
         version=version, scenes=scenes, keyframes=keyframes, seed=seed, image_hw_px=image_hw_px, weather=tuple(weather),
         materials=materials, camera_sweeps=camera_sweeps, images=images,
     )  # fmt: skip
+    if fault:
+        faults.check(fault)
     names = list(scene_names) if scene_names is not None else [f"scene-{k + 1:04d}" for k in range(scenes)]
     if len(names) != scenes or len(set(names)) != scenes:
         raise UsageError("every scene needs its own name", expected=f"{scenes} different names", found=len(set(names)))
@@ -83,35 +86,36 @@ def write_world(
         return
     _write_scenes(root, options, workers, progress)
     _write_tables(root, options, names)
-    if fault:
-        from imkd_data.world.faults import inject
-
-        inject(root, version, fault, seed)
-    write_whole(root / STATE / "complete.json", json.dumps(identity).encode())
     for index in range(scenes):
         _part_path(root, index).unlink(missing_ok=True)
+    if fault:
+        faults.inject(root, version, fault)
+    write_whole(root / STATE / "complete.json", json.dumps(identity).encode())
+    (root / STATE / "begun.json").unlink()
 
 
 def _begin(root: Path, identity: dict[str, object]) -> bool:
-    """Prepare the folder; False when this very world is finished. Raises MismatchError on another one."""
+    """Prepare the folder; False when this very world is finished. Raises MismatchError on anything else in the way."""
     state = root / STATE
     for name in ("complete.json", "begun.json"):
-        if (state / name).is_file():
-            there = json.loads((state / name).read_text())
-            if there["world"] != identity["world"] or there["fault"] is not None:
-                if name == "complete.json" and there == identity:
-                    return False
-                raise MismatchError(
-                    "the output holds a synthetic world of other options", found=there["world"], expected=identity["world"],
-                    file=str(root), next="choose another --out, or remove the folder",
-                )  # fmt: skip
-            if name == "complete.json" and there == identity:
-                return False
+        if not (state / name).is_file():
+            continue
+        there = json.loads((state / name).read_text())
+        if name == "complete.json" and there == identity:
+            return False
+        if there["world"] != identity["world"] or there["fault"] not in (None, identity["fault"]):
+            raise MismatchError(
+                "the output holds a synthetic world of other options",
+                expected=f"world {identity['world']}, fault {identity['fault']}",
+                found=f"world {there['world']}, fault {there['fault']}",
+                file=str(root),
+                next="choose another --out, or remove the folder",
+            )
     if root.is_dir() and not state.is_dir() and any(root.iterdir()):
         raise MismatchError("the output folder is not empty and not ours", file=str(root), next="choose another --out")
     state.mkdir(parents=True, exist_ok=True)
     (state / "complete.json").unlink(missing_ok=True)
-    write_whole(state / "begun.json", json.dumps({"world": identity["world"], "fault": None}).encode())
+    write_whole(state / "begun.json", json.dumps({"world": identity["world"], "fault": identity["fault"]}).encode())
     return True
 
 
