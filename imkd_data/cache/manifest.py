@@ -28,11 +28,15 @@ def suite_from_json(value: Mapping[str, Any]) -> SensorSuite:
         raise CacheDamageError(f"the sensor suite cannot be read: {error}", rule="suite") from error
 
 
+def suite_json(suite: SensorSuite) -> dict[str, Any]:
+    """JSON form of a suite."""
+    facts = {f.name: getattr(suite, f.name) for f in dataclass_fields(suite)}
+    return {k: dict(v) if isinstance(v, Mapping) else v for k, v in facts.items()}
+
+
 def group_json(suite: SensorSuite, shards: tuple[Shard, ...]) -> bytes:
     """Canonical ``arrays.zarr/zarr.json``: the Zarr group, with the suite and the shard table as attributes."""
-    facts = {f.name: getattr(suite, f.name) for f in dataclass_fields(suite)}
-    facts = {k: dict(v) if isinstance(v, Mapping) else v for k, v in facts.items()}
-    attributes = {"imkd_format": FORMAT, "suite": facts, "shards": [s.as_json() for s in shards]}
+    attributes = {"imkd_format": FORMAT, "suite": suite_json(suite), "shards": [s.as_json() for s in shards]}
     return canonical_json({"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
 
@@ -82,6 +86,10 @@ def manifest_bytes(
         "samples": counts,
         "scenes": len({c.scene for s in shards for c in s.clips}),
         "quarantined": quarantined,
+        # Second copies, so that a damaged recipe.json or group can be restored without the raw data.
+        "recipe": recipe.as_dict(),
+        "suite": suite_json(suite),
+        "layout": [s.as_json() for s in shards],
         "licence": suite.licence,
         "recipe_sha256": sha256_hex(read_bytes(out / "recipe.json")),
         "group_sha256": sha256_hex(read_bytes(out / "arrays.zarr" / "zarr.json")),

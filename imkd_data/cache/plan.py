@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +118,20 @@ class _Scan:
 
     def __init__(self, reader: Reader, recipe: Recipe, fields: Mapping[str, CacheField]) -> None:
         self.reader, self.recipe = reader, recipe
+        self.missing: list[SourceMissingError] = []
+        self.bad: list[ImkdError] = []
         self.needs = sorted({tuple(sorted(f.needs)) for f in fields.values()})
         self.tokens: dict[tuple[str, str], list[str]] = {}
         self.rows: dict[str, dict[str, Any]] = {}
         self.manifests: dict[tuple[tuple[str, ...], str], str] = {}
 
     def scene(self, split: str, scene: str) -> int:
-        samples = self.reader.samples(scene)
+        try:
+            samples = self.reader.samples(scene)
+        except (SourceMissingError, InputDataError) as error:
+            error.details.setdefault("scene", scene)
+            self.bad += list(error.problems) or [error]
+            return 0
         if not samples:
             raise SourceMissingError("a scene has no samples", scene=scene)
         self.tokens[split, scene] = [s.token for s in samples]
@@ -137,7 +144,41 @@ class _Scan:
             raise InputDataError("a sample token occurs twice", rule="token.twice", token=sample.token, scene=sample.scene)
         self.rows[sample.token] = sample_row(sample, self.reader.suite)
         for needs in self.needs:
-            self.manifests[needs, sample.token] = keys.hash_of(self.reader.input_manifest(sample, frozenset(needs)))
+            try:
+                manifest: Any = self.reader.input_manifest(sample, frozenset(needs))
+            except SourceMissingError as error:
+                self.missing.append(error)
+                manifest = ["missing", error.details.get("file", "")]
+            self.manifests[needs, sample.token] = keys.hash_of(manifest)
+
+    def check(self, missing_ok: bool) -> None:
+        """Raise one error for everything that was found, grouped."""
+        if self.bad:
+            raise type(self.bad[0])(
+                self.bad[0].what + (f"; {len(self.bad)} problems in all" if len(self.bad) > 1 else ""),
+                rule=self.bad[0].rule,
+                problems=tuple(self.bad) if len(self.bad) > 1 else (),
+                **self.bad[0].details,
+            )
+        if not self.missing or missing_ok:
+            return
+        once = {str(e.details.get("file")): e for e in self.missing}
+        by_channel: dict[str, int] = {}
+        for error in once.values():
+            name = str(error.details.get("channel", "?"))
+            by_channel[name] = by_channel.get(name, 0) + 1
+        scenes = sorted({str(e.details.get("scene", "?")) for e in once.values()})
+        first = next(iter(once.values()))
+        details = dict(first.details)
+        details["found"] = (
+            f"missing {', '.join(f'{c}: {n}' for c, n in sorted(by_channel.items()))}; in {len(scenes)} scenes, "
+            f"first {', '.join(scenes[:3])}"
+        )
+        details["next"] = (
+            "unpack the missing archives and run the same command; or build what is there with --scenes available, or add "
+            "--on-error quarantine"
+        )
+        raise SourceMissingError(first.what, rule=first.rule, problems=tuple(once.values()) if len(once) > 1 else (), **details)
 
 
 def _scenes(reader: Reader, recipe: Recipe) -> list[tuple[str, str]]:
@@ -164,9 +205,12 @@ def make_plan(
     *,
     retry_holes: bool = False,
     hash_inputs: bool = False,
+    missing_ok: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Plan a build of ``recipe`` into ``out`` (None: as if empty). Reads tables and receipts, writes nothing.
+
+    missing_ok: sensor files that are not there become part of the keys instead of an error (quarantine).
 
     ``fields`` are those of the recipe that can be built (see ``split_by_sensors``). Raises InputDataError, RecipeError,
     SourceMissingError, MismatchError.
@@ -178,6 +222,7 @@ def make_plan(
         counts.append((split, scene, scan.scene(split, scene)))
         if progress:
             progress(i + 1, len(scenes), scene)
+    scan.check(missing_ok)
     group = stored_group(out) if out else None
     old = layout.shards_from_json(group["shards"]) if group else ()
     shards = layout.extend_shards(old, counts, recipe.rows_per_shard)
@@ -209,12 +254,6 @@ def make_plan(
     queue = _queue(plan, out, retry_holes) if out else _queue_all(plan)
     if hash_inputs and out:
         queue = queue + _changed_content(plan, reader, out, {(q.field, q.shard) for q in queue})
-    return _with_queue(plan, queue)
-
-
-def _with_queue(plan: Plan, queue: list[Queued]) -> Plan:
-    from dataclasses import replace
-
     return replace(plan, queue=tuple(queue))
 
 

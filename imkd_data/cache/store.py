@@ -311,6 +311,13 @@ class Cache:
         rows: NDArray[np.int64] = self._rows[keep]
         return rows
 
+    def select(self, expression: str) -> NDArray[np.int64]:
+        """Rows by an expression over the index, e.g. ``night and class_counts.car >= 3`` (see ``cache/select.py``)."""
+        from imkd_data.cache.select import select
+
+        chosen: NDArray[np.int64] = self._rows[select(self.index, expression, self.suite.radars)]
+        return np.intersect1d(chosen, self.rows())
+
     # Reading
 
     def read(self, field: str, row: int) -> Any:

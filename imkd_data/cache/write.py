@@ -110,7 +110,9 @@ def build_shard(
     """Build ``job.fields`` of one shard and return their receipts. Idempotent: equal files that exist are accepted.
 
     on_sample(position, token) is called before each sample; it may raise to stop. ``warnings`` collects what was strange but
-    legal, by rule; it never reaches a receipt, which must not depend on what else was built at the same time. Raises InputDataError and
+    legal, by rule; it never reaches a receipt, which must not depend on what else was built at the same time.
+
+    Raises InputDataError and
     SourceMissingError with shard, scene and token; StorageError; CacheDamageError where an upstream row is bad.
     """
     fault.point("shard.begin")

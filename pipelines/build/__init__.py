@@ -22,9 +22,10 @@ from imkd_data.fields.base import CacheField
 from imkd_data.sample import Reader
 from pipelines.build import finish
 from pipelines.build.engine import Engine, Stop, run_all
+from pipelines.build.estimate import cores, low_bytes
 from pipelines.build.jobs import Common, Done, clear_notes, jobs_of
 from pipelines.build.lock import build_lock
-from pipelines.build.request import Resolved, resolve
+from pipelines.build.request import Asked, Resolved, merged, resolve
 
 __all__ = ["BuildResult", "Event", "build", "execute"]
 
@@ -68,14 +69,14 @@ class BuildResult:
 def build(
     *,
     dataroot: str | os.PathLike[str],
-    version: str,
-    splits: Sequence[str],
+    version: str | None = None,
+    splits: Sequence[str] | None = None,
     out: str | os.PathLike[str],
     sensors: Sequence[str] | None = None,
-    profile: str = "standard",
+    profile: str | None = None,
     fields: Sequence[str | CacheField] | None = None,
     recipe_overrides: Mapping[str, Any] | None = None,
-    scenes: str | Sequence[str] = "all",
+    scenes: str | Sequence[str] | None = None,
     dataset: str | None = None,
     reader: Callable[..., Reader] | None = None,
     executor: str = "dask",
@@ -88,36 +89,39 @@ def build(
     stall_minutes: float = 30.0,
     break_lock: bool = False,
     check_space: bool = True,
+    strict: bool = False,
     progress: Progress | None = None,
 ) -> BuildResult:
     """Build or continue a cache in ``out`` (a local or mounted folder).
 
-    ``fields``: names and CacheField values of your own, e.g. ``[*STANDARD, my_field]``; fields and readers of your own must
-    live in a module that workers can import, or in ``__main__``. ``reader``: a callable like ``open_nuscenes``.
+    ``fields``: names and CacheField values of your own, e.g. ``[*PROFILES["standard"], my_field]``; fields and readers of
+    your own must live in a module that workers can import, or in ``__main__``. ``reader``: a callable like
+    ``open_nuscenes``. Defaults: the ``standard`` profile, all scenes, all sensors. With ``update`` what is not given is
+    taken from the cache, and fields, splits and scenes are added to those it has.
 
     Raises UsageError, RecipeError, SourceMissingError, InputDataError, StorageError, LockedError, MismatchError,
     NoProgressError, InterruptedBuildError.
     """
     if fields is not None and not fields:
         raise InputDataError("no fields to build", rule="fields.empty")
-    resolved = resolve(
+    asked = Asked(
         dataroot=Path(dataroot),
         version=version,
         splits=splits,
         sensors=sensors,
         profile=profile,
         fields=fields,
-        overrides=recipe_overrides,
+        overrides=recipe_overrides or {},
         scenes=scenes,
         dataset=dataset,
         reader=reader,
+        strict=strict,
     )
+    resolved = resolve(merged(asked, Path(out)) if update else asked)
     return execute(
         resolved,
         Path(out),
-        engine=Engine(
-            executor=executor, workers=workers or os.cpu_count() or 1, memory_bytes=memory_bytes, stall_s=stall_minutes * 60
-        ),
+        engine=Engine(executor=executor, workers=workers or cores(), memory_bytes=memory_bytes, stall_s=stall_minutes * 60),
         options=Options(fsync=fsync, quarantine=on_error == "quarantine"),
         max_bad=max_bad,
         update=update,
@@ -138,10 +142,9 @@ def execute(
     break_lock: bool = False,
     check_space: bool = True,
     retry_holes: bool = False,
-    only: Callable[[str, int], bool] | None = None,
     progress: Progress | None = None,
 ) -> BuildResult:
-    """Plan and build a resolved request; ``only`` narrows the queue (repair)."""
+    """Plan and build a resolved request."""
     started = time.monotonic()
     tell = progress or (lambda event: None)
     finish.prepare_folder(out)
@@ -150,9 +153,18 @@ def execute(
         clear_notes(out)
         if not update:
             finish.check_recipe(out, resolved.recipe)
-        plan = make_plan(resolved.reader, resolved.recipe, resolved.fields, out, retry_holes=retry_holes)
+        plan = make_plan(
+            resolved.reader,
+            resolved.recipe,
+            resolved.fields,
+            out,
+            retry_holes=retry_holes,
+            missing_ok=options.quarantine,
+            progress=lambda done, total, scene: tell(Event(kind="tables", text=scene, done=done, total=total)),
+        )
         finish.check_versions(out, plan, update=update)
-        tell(Event(kind="plan", text=_plan_text(plan), total=plan.num_samples))
+        todo = sum(len(plan.shards[s]) for s in {q.shard for q in plan.queue})
+        tell(Event(kind="plan", text=_plan_text(plan), done=plan.num_samples - todo, total=plan.num_samples))
         if check_space:
             _check_space(out, plan)
         finish.write_start(out, plan, update=update, fsync=options.fsync)
@@ -254,8 +266,6 @@ def _plan_text(plan: Plan) -> str:
 
 def _check_space(out: Path, plan: Plan) -> None:
     """Refuse a disk that cannot even hold a low estimate. The estimate is the published size per sample of each field."""
-    from pipelines.build.estimate import low_bytes
-
     shards = {s.number: len(s) for s in plan.shards}
     need = sum(low_bytes(q.field, shards[q.shard]) for q in plan.queue)
     try:

@@ -95,6 +95,7 @@ def unpack(data: bytes) -> Common:
     from imkd_data.fields import FIELDS
 
     own = {f.name: f for f in FIELDS}
+    common: Common
     common, fields = cloudpickle.loads(data)
     return replace(common, fields={n: own[f] if isinstance(f, str) else f for n, f in fields.items()})
 

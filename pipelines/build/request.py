@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from imkd_data.cache.plan import split_by_sensors
-from imkd_data.errors import RecipeError, SourceMissingError, UsageError
+from imkd_data.cache.plan import split_by_sensors, stored_recipe
+from imkd_data.errors import MismatchError, RecipeError, SourceMissingError, UsageError
 from imkd_data.fields.base import CacheField
 from imkd_data.geometry import BevGrid
 from imkd_data.recipe import Recipe
 from imkd_data.sample import Reader, SensorSuite
 
-__all__ = ["ReaderSpec", "Resolved", "resolve"]
+__all__ = ["Asked", "ReaderSpec", "Resolved", "merged", "resolve"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +31,7 @@ class ReaderSpec:
     radar_sweeps: int
     reference_channel: str | None
     open: Callable[..., Reader] | None = None
+    strict: bool = False
 
     def reader(self) -> Reader:
         """Open the raw data. Raises SourceMissingError, InputDataError, UsageError."""
@@ -48,6 +49,7 @@ class ReaderSpec:
             lidar_sweeps=self.lidar_sweeps,
             radar_sweeps=self.radar_sweeps,
             reference_channel=self.reference_channel,
+            **({"strict": True} if self.strict else {}),
         )
 
 
@@ -63,52 +65,107 @@ class Resolved:
     missing_scenes: Mapping[str, str]
 
 
-def resolve(
-    *,
-    dataroot: Path,
-    version: str,
-    splits: Sequence[str],
-    sensors: Sequence[str] | None = None,
-    profile: str = "standard",
-    fields: Sequence[str | CacheField] | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    scenes: str | Sequence[str] = "all",
-    dataset: str | None = None,
-    reader: Callable[..., Reader] | None = None,
-) -> Resolved:
-    """Resolve a request. ``fields``: names or CacheField values; None = the profile's. ``overrides``: recipe entries by name;
-    ``grid.cell_m`` and ``options.x`` reach inside.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What the user said; None = not said. ``fields``: names or CacheField values. ``overrides``: recipe entries by name;
+    ``grid.cell_m`` and ``options.x`` reach inside. ``scenes``: "all", "available", names or globs."""
+
+    dataroot: Path
+    version: str | None = None
+    splits: Sequence[str] | None = None
+    sensors: Sequence[str] | None = None
+    profile: str | None = None
+    fields: Sequence[str | CacheField] | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    scenes: str | Sequence[str] | None = None
+    dataset: str | None = None
+    reader: Callable[..., Reader] | None = None
+    strict: bool = False
+
+
+def merged(asked: Asked, out: Path) -> Asked:
+    """``asked`` on top of the recipe in ``out``: nothing that is built is dropped, only changed or added to."""
+    old = stored_recipe(out)
+    if old is None:
+        return asked
+    stored = old.as_dict()
+    for name in ("dataset", "version", "splits", "scenes", "sensors", "fields"):
+        stored.pop(name)
+    options = {f"options.{k}": v for k, v in stored.pop("options").items()}
+    grid = {f"grid.{k}": v for k, v in stored.pop("grid").items()}
+    if asked.overrides.get("rows_per_shard", old.rows_per_shard) != old.rows_per_shard:
+        raise MismatchError(
+            "rows_per_shard cannot change in a cache",
+            expected=str(old.rows_per_shard),
+            found=str(asked.overrides["rows_per_shard"]),
+            next="build into another --out",
+        )
+    names: dict[str, str | CacheField] = {n: n for n in old.fields}
+    if asked.profile is not None and asked.fields is None:
+        names |= {n: n for n in _profile(asked.profile)}
+    names |= {(f if isinstance(f, str) else f.name): f for f in asked.fields or ()}
+    scenes: str | Sequence[str] = list(old.scenes) or "all"
+    if asked.scenes is not None:
+        scenes = asked.scenes
+        if not isinstance(scenes, str) or scenes not in ("all", "available"):
+            new = scenes.split(",") if isinstance(scenes, str) else list(scenes)
+            scenes = [*old.scenes, *new]
+    return replace(
+        asked,
+        version=asked.version or old.version,
+        splits=tuple(dict.fromkeys([*old.splits, *(asked.splits or ())])),
+        sensors=asked.sensors if asked.sensors is not None else old.sensors,
+        profile=None,
+        fields=list(names.values()),
+        overrides={**stored, **grid, **options, **asked.overrides},
+        scenes=scenes,
+        dataset=asked.dataset or old.dataset,
+    )
+
+
+def _profile(name: str) -> tuple[str, ...]:
+    from imkd_data.fields import PROFILES
+
+    if name not in PROFILES:
+        raise UsageError("unknown profile", expected=", ".join(PROFILES), found=name)
+    return tuple(PROFILES[name])
+
+
+def resolve(asked: Asked) -> Resolved:
+    """Resolve a request: open the raw data, choose sensors, scenes and fields.
 
     Raises UsageError, RecipeError, SourceMissingError, InputDataError.
     """
-    values = dict(overrides or {})
-    lidar = int(values.get("lidar_sweeps", Recipe.__dataclass_fields__["lidar_sweeps"].default))
-    radar = int(values.get("radar_sweeps", Recipe.__dataclass_fields__["radar_sweeps"].default))
+    if asked.version is None or not asked.splits:
+        raise UsageError("version and split are needed", next="--split train (the version follows from it)")
+    values = dict(asked.overrides)
+    if asked.fields is None:
+        values = {**_PROFILE_VALUES.get(asked.profile or "standard", {}), **values}
+    reader = asked.reader
     spec = ReaderSpec(
-        dataset=dataset or ("nuscenes" if reader is None else getattr(reader, "__name__", "own").removeprefix("open_")),
-        dataroot=Path(dataroot),
-        version=version,
-        sensors=tuple(sensors) if sensors is not None else None,
-        lidar_sweeps=lidar,
-        radar_sweeps=radar,
+        dataset=asked.dataset or ("nuscenes" if reader is None else getattr(reader, "__name__", "own").removeprefix("open_")),
+        dataroot=asked.dataroot,
+        version=asked.version,
+        sensors=tuple(asked.sensors) if asked.sensors is not None else None,
+        lidar_sweeps=_whole(values, "lidar_sweeps"),
+        radar_sweeps=_whole(values, "radar_sweeps"),
         reference_channel=values.get("reference_channel"),
         open=reader,
+        strict=asked.strict,
     )
     source = spec.reader()
     suite = source.suite
-    declared = _declared(suite, sensors)
-    table, names, required = _field_table(fields, profile)
+    declared = _declared(suite, asked.sensors)
+    table, names, required = _field_table(asked.fields, asked.profile or "standard")
     chosen, left_out = split_by_sensors({n: table[n] for n in names}, declared, suite, required)
     if not chosen:
         raise UsageError("no field can be built with these sensors", found=", ".join(declared))
     reference = str(values.pop("reference_channel", None) or _reference(suite, declared))
-    all_splits = tuple(sorted(set(splits)))
-    found, missing = _choose_scenes(source, all_splits, scenes)
-    if fields is None and profile in _PROFILE_VALUES:
-        values = {**_PROFILE_VALUES[profile], **values}
+    all_splits = tuple(sorted(set(asked.splits)))
+    found, missing = _choose_scenes(source, all_splits, asked.scenes or "all")
     base: dict[str, Any] = {
         "dataset": spec.dataset,
-        "version": version,
+        "version": asked.version,
         "splits": list(all_splits),
         "scenes": list(found),
         "sensors": list(declared),
@@ -117,6 +174,13 @@ def resolve(
     }
     recipe = Recipe.from_dict({**base, **_nested(values)})
     return Resolved(spec=spec, reader=source, recipe=recipe, fields=chosen, left_out=left_out, missing_scenes=missing)
+
+
+def _whole(values: Mapping[str, Any], name: str) -> int:
+    value = values.get(name, Recipe.__dataclass_fields__[name].default)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise RecipeError(f"{name} must be a whole number", found=repr(value))
+    return value
 
 
 # Recipe entries that a profile changes; explicit ones win.
@@ -160,16 +224,12 @@ def _field_table(
     fields: Sequence[str | CacheField] | None, profile: str
 ) -> tuple[dict[str, CacheField], tuple[str, ...], tuple[str, ...]]:
     """All known fields by name, the names to build with their upstream fields, and those that were asked for by name."""
-    from imkd_data import fields as known
-
-    FIELDS, PROFILES = getattr(known, "FIELDS", ()), getattr(known, "PROFILES", {})
+    from imkd_data.fields import FIELDS
 
     own = {f.name: f for f in fields or () if isinstance(f, CacheField)}
     table = {**{f.name: f for f in FIELDS}, **own}
     if fields is None:
-        if profile not in PROFILES:
-            raise UsageError("unknown profile", expected=", ".join(PROFILES), found=profile)
-        asked: tuple[str, ...] = tuple(PROFILES[profile])
+        asked: tuple[str, ...] = _profile(profile)
         required: tuple[str, ...] = ()
     else:
         asked = tuple(f if isinstance(f, str) else f.name for f in fields)
