@@ -261,6 +261,8 @@ class AdaptiveSmooth(Distiller):
             self.align["m2m"] = Alignment(theirs, options)
 
     def terms(self, student: Outputs, teachers: Mapping[str, Outputs], batch: Batch) -> dict[str, Tensor]:
+        if not self.needs.teachers:
+            return {}
         o, teacher, out = self.o, teachers[self.o.teacher], {}
         truth = head_targets(batch.boxes, student.grid, student.head)
         objects = truth.heatmap_BKYX.sum(1, keepdim=True).clamp(max=1)
@@ -307,7 +309,8 @@ def _changes(options: AdaptiveSmoothOptions) -> dict[str, Any]:
 def _build(
     options: AdaptiveSmoothOptions, student: Any, teachers: Mapping[str, FrozenTeacher], grid: BevGrid
 ) -> AdaptiveSmooth:
-    return AdaptiveSmooth(options, student.feature_shapes, teachers[options.teacher].feature_shapes)
+    shapes = teachers[options.teacher].feature_shapes if options.teacher in teachers else {}
+    return AdaptiveSmooth(options, student.feature_shapes, shapes)
 
 
 METHOD = Method(
@@ -322,6 +325,7 @@ METHOD = Method(
     needs_for=needs_for,
     build=_build,
     twin="two-branch student with heterogeneous fusion, without distillation",
+    twin_options={"lambda_l2c": 0.0, "lambda_m2m": 0.0, "lambda_srd": 0.0},
     presets={
         "adaptive_smooth": {},
         "simdistill_like": {"pixel_loss": "mse", "lambda_srd": 0.0},

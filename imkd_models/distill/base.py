@@ -314,7 +314,8 @@ class Method:
     changes(options): values put into the student's configuration. teachers_for(options), needs_for(options): what it
     reads. build(options, student, teachers, grid) -> Distiller. prepare(options, student, teachers) runs once on a fresh
     student (weights copied from a teacher) and returns the names it copied. twin: the undistilled student that the
-    method's gain is measured against. presets: named option values.
+    method's gain is measured against: the same network and start, with ``twin_options`` (every loss weight 0). presets:
+    named option values.
     """
 
     name: str
@@ -325,6 +326,7 @@ class Method:
     needs_for: Callable[[Any], Needs]
     build: Callable[[Any, Any, Mapping[str, FrozenTeacher], BevGrid], Distiller]
     twin: str
+    twin_options: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[Any, Any, Mapping[str, FrozenTeacher]], list[str]] | None = None
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -369,6 +371,7 @@ class Method:
                 "batch": list(needs.batch),
             },
             "twin": self.twin,
+            "twin_options": dict(self.twin_options),
             "presets": {k: dict(v) for k, v in self.presets.items()},
             "options": [{**o, "choices": list(o["choices"])} for o in self.options.describe()],
         }

@@ -236,6 +236,8 @@ class Crkd(Distiller):
 
     def terms(self, student: Outputs, teachers: Mapping[str, Outputs], batch: Batch) -> dict[str, Tensor]:
         o = self.o
+        if not self.needs.teachers:
+            return {}
         teacher = self._checked(teachers["fusion"], student)
         scale = 2.0 / len(batch) if "divide_by_batch" in o.defects else 1.0
         out: dict[str, Tensor] = {}
@@ -290,13 +292,14 @@ class Crkd(Distiller):
 
 
 def _changes(options: CrkdOptions) -> dict[str, Any]:
-    return {"fuser": "gated", "calibration": options.calibration and options.lambda_csrd > 0}
+    return {"fuser": "gated", "calibration": options.calibration}
 
 
 def _build(options: CrkdOptions, student: Any, teachers: Mapping[str, FrozenTeacher], grid: BevGrid) -> Crkd:
     if "teacher_batch_statistics" in options.defects:
         teachers["fusion"].batch_statistics = True
-    return Crkd(options, student.feature_shapes, teachers["fusion"].feature_shapes, grid)
+    shapes = teachers["fusion"].feature_shapes if "fusion" in teachers else {}
+    return Crkd(options, student.feature_shapes, shapes, grid)
 
 
 METHOD = Method(
@@ -311,6 +314,7 @@ METHOD = Method(
     needs_for=needs_for,
     build=_build,
     twin="gated student with calibration block, trained as long without distillation",
+    twin_options={"lambda_resp": 0.0, "lambda_csrd": 0.0, "lambda_fused": 0.0, "lambda_cam": 0.0, "lambda_rel": 0.0},
     presets={
         "crkd": {},
         "crkd_paper": {"csrd_target": "task_logit_mean", "relation": "gram", "adapter_init": "random"},

@@ -108,6 +108,8 @@ def needs_for(options: DualDistillOptions) -> Needs:
         needs += Needs(student=(NECK, HEAD), teachers={"lidar": (NECK, HEAD)}, heads_of=("lidar",))
     if options.head_from_teacher:
         needs += Needs(student=(HEAD,), teachers={"lidar": (HEAD,)})
+    if options.lambda_mfd > 0 and not options.levels:
+        raise RecipeError("DualDistill has no level to distil", found="levels=()", next="name levels, or set lambda_mfd=0")
     return needs
 
 
@@ -269,6 +271,8 @@ class DualDistill(Distiller):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def terms(self, student: Outputs, teachers: Mapping[str, Outputs], batch: Batch) -> dict[str, Tensor]:
+        if not (self.o.lambda_mfd > 0 or self.o.lambda_crd > 0):
+            return {}
         o, teacher, out = self.o, teachers["lidar"], {}
         neck = None
         if hasattr(self, "neck"):
@@ -370,8 +374,8 @@ def heads_from_teacher(options: DualDistillOptions, student: Any, teachers: Mapp
 
 
 def _build(options: DualDistillOptions, student: Any, teachers: Mapping[str, FrozenTeacher], grid: BevGrid) -> DualDistill:
-    if not options.levels and options.lambda_crd == 0:
-        raise RecipeError("DualDistill without levels and without CRD does nothing")
+    if "lidar" not in teachers:
+        return DualDistill(options, student.feature_shapes, {}, None)
     teacher = teachers["lidar"]
     return DualDistill(options, student.feature_shapes, teacher.feature_shapes, teacher.heads)
 
@@ -388,6 +392,7 @@ METHOD = Method(
     needs_for=needs_for,
     build=_build,
     twin="plain student with task heads started from the teacher, without distillation",
+    twin_options={"lambda_mfd": 0.0, "lambda_crd": 0.0},
     prepare=heads_from_teacher,
     presets={
         "dual_distill": {},

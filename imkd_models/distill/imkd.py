@@ -344,6 +344,13 @@ METHOD = Method(
     needs_for=needs_for,
     build=_build,
     twin="stage 3 student without supervision",
+    twin_options={
+        "lambda_l2r": 0.0,
+        "lambda_l2m": 0.0,
+        "lambda_lab2m": 0.0,
+        "lambda_resp": 0.0,
+        "lambda_int": 0.0,
+    },
     presets={
         "imkd_r50": {},
         "labeldistill_on_merged": {

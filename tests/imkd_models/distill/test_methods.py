@@ -153,7 +153,7 @@ def _real_step(name: str, **values) -> TrainStep:
     teachers = {n: _real_teachers()[n] for n in method.teachers_for(options)}
     check_needs(method.needs_for(options), student, teachers, batch=("boxes", "intensity_planes"))
     if method.prepare:
-        assert method.prepare(options, student, teachers)
+        assert method.prepare(options, student, teachers) or not teachers
     return TrainStep(student, method.build(options, student, teachers, GRID), teachers)
 
 
@@ -206,6 +206,15 @@ def test_empty_truth_and_empty_radar_stay_finite_on_the_projects_networks(name: 
     loss.backward()
     assert torch.isfinite(loss)
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in step.parameters())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_undistilled_twin_is_the_same_network_with_the_same_start_and_no_terms(name: str) -> None:
+    method, step, twin = METHODS[name], _real_step(name), _real_step(name, **METHODS[name].twin_options)
+    for (a, p), (b, q) in zip(step.student.state_dict().items(), twin.student.state_dict().items(), strict=True):
+        assert a == b and torch.equal(p, q)
+    assert twin(_real_batch())[1] == {} and not list(twin.distiller.parameters())
+    assert set(twin.teachers) <= {"lidar"} and (name == "dual_distill") == bool(twin.teachers), method.twin
 
 
 def test_stage_one_teaches_the_radar_encoder_and_not_the_images() -> None:
