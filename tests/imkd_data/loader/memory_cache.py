@@ -22,6 +22,16 @@ ALL = {f.name: f for g in (BOX_FIELDS, CALIBRATION_FIELDS, DEPTH_FIELDS, IMAGE_F
 GRID = BevGrid(x_min_m=-9.6, y_min_m=-6.4, cell_m=0.2, nx=96, ny=64)  # neither square nor symmetric in its counts
 
 
+def _denser_scans(root: Path) -> None:
+    """Clusters of returns, so that cells hold several; ahead of the car, so that cameras see some."""
+    rng = np.random.default_rng(5)
+    for path in sorted((root / "SPINNER").iterdir()):
+        centres = rng.uniform((-7, -4, -2), (9, 4, 1), (60, 3))
+        xyz = np.repeat(centres, 8, axis=0) + rng.normal(0, 0.15, (480, 3))
+        scan = np.c_[xyz, rng.integers(0, 256, 480), rng.integers(0, 8, 480)]
+        np.save(path, scan.astype(np.float32))
+
+
 class MemoryCache:
     """Every field of ``names`` for all scenes of a toy world; rows are numbered with a gap after every scene."""
 
@@ -29,6 +39,7 @@ class MemoryCache:
         self, root: Path, *, without: tuple[str, ...] = (), scenes: int = 4, keyframes: int = 5, **recipe: Any
     ) -> None:
         write_toy(root, scenes=scenes, keyframes=keyframes)
+        _denser_scans(root)
         self.path, self.suite, self.id = root, SUITE, "memory"
         self.reader = open_toy(root)
         self.fields = {n: f for n, f in ALL.items() if n not in without and n != "lidar_provenance"}
@@ -39,7 +50,7 @@ class MemoryCache:
             sensors=SUITE.channels,
             reference_channel="SPINNER",
             fields=tuple(self.fields),
-            **{"grid": GRID, "view_cells": 4, "depth_width": 64, "boxes_width": 8, "image_hw_px": (48, 80), **recipe},
+            **{"grid": GRID, "view_cells": 4, "depth_width": 512, "boxes_width": 8, "image_hw_px": (48, 80), **recipe},
         )
         self.samples, lines = {}, []
         shard = 0
