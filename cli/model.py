@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-__all__ = ["app"]
+__all__ = ["group"]
 
 PATH = click.Path(path_type=Path)
 
@@ -45,7 +45,7 @@ class Ticker:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="imkd", prog_name="imkd")
-def app() -> None:
+def group() -> None:
     """LiDAR-to-camera-radar distillation: train, evaluate, predict, export."""
 
 
@@ -99,7 +99,7 @@ def resolve_run(
     return run if global_batch is None else run.with_values(global_batch=global_batch)
 
 
-@app.command()
+@group.command()
 @click.argument("run")
 @click.option("--cache", required=True, type=PATH, help="Cache folder (imkd-data build).")
 @click.option("--out", type=PATH, help="Folder of the run.")
@@ -185,7 +185,7 @@ def train(
 # ------------------------------------------------------------------------------------------------------ score, predict
 
 
-@app.command()
+@group.command()
 @click.option("--checkpoint", required=True, type=PATH)
 @click.option("--cache", required=True, type=PATH)
 @click.option("--dataroot", required=True, type=PATH, help="nuScenes tree that holds the truth.")
@@ -217,7 +217,7 @@ def evaluate(
             click.echo(line)
 
 
-@app.command()
+@group.command()
 @click.option("--checkpoint", required=True, type=PATH)
 @click.option("--dataroot", required=True, type=PATH)
 @click.option("--version", default="", help="v1.0-mini, v1.0-trainval, v1.0-test; default from the split.")
@@ -239,7 +239,7 @@ def predict(
 # ---------------------------------------------------------------------------------------------------------------- lists
 
 
-@app.group(invoke_without_command=True)
+@group.group(invoke_without_command=True)
 @click.option("--json", "as_json", is_flag=True, help="One object a line.")
 @click.pass_context
 def runs(ctx: click.Context, as_json: bool) -> None:
@@ -271,7 +271,7 @@ def show(name: str, method: str | None, settings: tuple[str, ...]) -> None:
     out_json({**run.as_dict(), **counted(run)})
 
 
-@app.command()
+@group.command()
 @click.option("--json", "as_json", is_flag=True, help="One object a line, with every option.")
 def methods(as_json: bool) -> None:
     """The distillation methods, their teachers and options."""
