@@ -136,8 +136,8 @@ class StageNeck(nn.Module):
         out_channels: Sequence[int],
         factors: Sequence[float],
         *,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
+        eps: float = 1e-3,
+        momentum: float = 0.01,
     ) -> None:
         super().__init__()
         branches = []

@@ -78,7 +78,8 @@ class ImageEncoder(nn.Module):
         weights = config.backbone_weights if pretrained else None
         self.backbone = build_backbone(config.backbone, weights)
         out = [config.fpn_channels] * 4
-        self.neck = StageNeck(BACKBONES[config.backbone].channels, out, [4 * 2**i / config.stride_px for i in range(4)])
+        factors = [4 * 2**i / config.stride_px for i in range(4)]
+        self.neck = StageNeck(BACKBONES[config.backbone].channels, out, factors, momentum=config.norm_momentum)
         self.swapped = "image_channels:swapped" in config.parity
         self.stem = getattr(self.backbone, "embedder", None) if config.backbone_weights is not None else None
         if self.stem is not None:

@@ -130,7 +130,7 @@ class StudentConfig(ModelConfig):
     radar_neck_channels: int = 128
     radar_head_channels: int = 192
     radar_states: bool = False
-    norm_momentum: float = 0.01  # of the radar encoder, as in mmdetection3d; short runs need 0.1
+    norm_momentum: float = 0.01  # of mmdetection3d's parts (necks, radar encoder); short runs need 0.1
     radar_drop: float = 0.0
     calibration: bool = False
     calibration_init: str = "kaiming"
@@ -206,9 +206,10 @@ class LidarConfig(ModelConfig):
 
     encoder: pillar | resnet34 | voxel. pillars_per_cell: pillars along one head cell. widths, layers: stage0, stage1,
     stage2 (stage1 lies on the head grid). neck_stages: 3 = all (3 x neck_channels), 2 = stage1 and stage2 only.
-    age_sign: +1 gives the network time lag >= 0 for the past. intensity_scale multiplies reflectance 0..1 (255 for
-    imported public networks). points_per_pillar: cap of the public code, 0 = none (and its padding enters the maximum).
-    turned: input convention of an imported network, "" = our own axes, or importing.MMDET3D_LIDAR.
+    intensity_scale multiplies reflectance 0..1 (255 for imported public networks). points_per_pillar: cap of the public
+    code, 0 = none (with a cap its padding enters the maximum). convention: bev | mmdet3d_lwh | mmdet3d_wlh, see
+    convention.py. mount_m: where the sensor sits in ego. near_removed_m: points of past sweeps within this distance of the
+    sensor in x and y are left out (1.0 in mmdetection3d; 0 = none).
     """
 
     kind: ClassVar[str] = "lidar"
@@ -231,12 +232,14 @@ class LidarConfig(ModelConfig):
     box_weight: float = 0.25
     velocity_weight: float = 0.2
     convention: str = "bev"
+    mount_m: tuple[float, float, float] = (0.943713, 0.0, 1.84023)  # nuScenes LIDAR_TOP
     near_removed_m: float = 0.0
-    size_order: str = "lwh"
 
     def __post_init__(self) -> None:
         if self.encoder not in ("pillar", "resnet34", "voxel"):
             raise RecipeError("encoder", expected="pillar | resnet34 | voxel", found=self.encoder)
+        if self.convention not in ("bev", "mmdet3d_lwh", "mmdet3d_wlh"):
+            raise RecipeError("convention", expected="bev | mmdet3d_lwh | mmdet3d_wlh", found=self.convention)
         if self.neck_stages not in (2, 3):
             raise RecipeError("neck_stages", expected="2 or 3", found=str(self.neck_stages))
         if self.grid.ny % 2 or self.grid.nx % 2:

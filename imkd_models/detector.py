@@ -17,6 +17,7 @@ from imkd_data.loader.batch import Batch
 from imkd_models.blocks import ResNetTrunk, StageNeck, conv_norm_relu
 from imkd_models.camera import DepthNet, Frustum, ImageEncoder, ViewTransform, depth_loss, frustum, pool_views
 from imkd_models.config import FusionConfig, LidarConfig, ModelConfig, StudentConfig
+from imkd_models.convention import TurnedHead
 from imkd_models.fusion import ConcatFuser, GatedFuser, SimulatedRefinement, TimeReduction, build_fuser
 from imkd_models.head import CentreHead, LossOptions, detection_loss
 from imkd_models.lidar import LidarStages
@@ -93,7 +94,8 @@ class Trunk(nn.Module):
         self.float32 = config.head_float32
         self.stages = ResNetTrunk(config.fused_channels, config.trunk_base, config.trunk_blocks)
         widths = (config.fused_channels, *self.stages.channels)
-        self.neck = StageNeck(widths, [config.neck_channels] * len(widths), [2**i for i in range(len(widths))])
+        factors = [2**i for i in range(len(widths))]
+        self.neck = StageNeck(widths, [config.neck_channels] * len(widths), factors, momentum=config.norm_momentum)
 
     def feature_shapes(self, grid: BevGrid) -> dict[str, tuple[int, int, int]]:
         """(C, Y, X) of the delivered maps."""
@@ -312,13 +314,17 @@ class LidarDetector(Detector):
         c = config
         self.lidar = LidarStages(c)
         self.feature_shapes = self.lidar.feature_shapes()
-        self.head = CentreHead(
-            self.lidar.neck.out_channels,
-            groups=c.groups,
-            shared_channels=c.head_shared,
-            branch_channels=c.head_branch,
-            float32=c.head_float32,
-        )
+        options = {
+            "groups": c.groups,
+            "shared_channels": c.head_shared,
+            "branch_channels": c.head_branch,
+            "float32": c.head_float32,
+        }
+        if c.convention == "bev":
+            self.head = CentreHead(self.lidar.neck.out_channels, **options)
+        else:
+            turn = {"convention": c.convention, "height_m": c.mount_m[2]}
+            self.head = TurnedHead(self.lidar.neck.out_channels, **turn, **options)
 
     def forward(self, batch: Batch) -> Outputs:
         check_grid(self.grid, batch)

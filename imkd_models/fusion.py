@@ -141,7 +141,7 @@ class DeformableFuser(nn.Module):
         self.rows, self.columns = nn.Embedding(ny, c // 2), nn.Embedding(nx, c - c // 2)
         self.layers = nn.ModuleList(FusionLayer(config, in_channels) for _ in range(config.fuser_layers))
         for embedding in (self.rows, self.columns):
-            nn.init.uniform_(embedding.weight)
+            nn.init.xavier_uniform_(embedding.weight)
         self.intensity = intensity
         if intensity:
             camera, radar = in_channels
@@ -237,6 +237,7 @@ class TimeReduction(nn.Module):
     def __init__(self, channels: int, keyframes: int) -> None:
         super().__init__()
         self.mix = conv_norm_relu(channels * keyframes, channels)
+        nn.init.xavier_uniform_(self.mix[0].weight)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         return self.mix(torch.cat(maps, dim=1))

@@ -13,6 +13,7 @@ from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import PointBatch
 from imkd_models.blocks import BasicBlock, PointNorm, SecondBackbone, StageNeck, cell_index, conv_norm_relu
 from imkd_models.config import LidarConfig
+from imkd_models.convention import map_from_network, map_to_network, network_grid, points_to_network
 from imkd_models.pooling import pillar_max, pillar_mean
 
 __all__ = ["LidarStages", "PillarEncoder", "ResidualStages", "finer"]
@@ -58,7 +59,9 @@ class PillarEncoder(nn.Module):
         row, column, inside = cell_index(xyz[:, :2], grid)
         inside = inside & (xyz[:, 2] >= c.z_range_m[0]) & (xyz[:, 2] < c.z_range_m[1])
         if c.near_removed_m:
-            inside = inside & ~((lidar.age_s > 0) & (xyz[:, :2].abs() < c.near_removed_m).all(-1))
+            x, y, _ = c.mount_m
+            sensor = xyz.new_tensor([x, y] if c.convention == "bev" else [-y, x])
+            inside = inside & ~((lidar.age_s > 0) & ((xyz[:, :2] - sensor).abs() < c.near_removed_m).all(-1))
         xyz, row, column, sample = xyz[inside], row[inside], column[inside], lidar.batch_index[inside]
         intensity = torch.nan_to_num(lidar.column("intensity")[inside].float()) * c.intensity_scale
         values = torch.cat([xyz, intensity[:, None], lidar.age_s[inside].float()[:, None]], dim=1)
@@ -129,7 +132,8 @@ class LidarStages(nn.Module):
     def __init__(self, config: LidarConfig) -> None:
         super().__init__()
         self.config = config
-        grid = finer(config.grid, config.pillars_per_cell)
+        self.turned = config.convention != "bev"
+        grid = finer(network_grid(config.grid) if self.turned else config.grid, config.pillars_per_cell)
         if config.encoder == "voxel":
             from imkd_models.voxel import VoxelEncoder
 
@@ -159,10 +163,17 @@ class LidarStages(nn.Module):
         return {**out, "bev_neck": (self.neck.out_channels, ny, nx)}
 
     def forward(self, lidar: PointBatch, batch: int) -> dict[str, Tensor]:
+        if self.turned:
+            lidar = points_to_network(lidar, self.config.mount_m[2])
         maps = self.stages(self.encoder(lidar, batch))[-self.config.neck_stages :]
-        named = dict(zip(self.names, maps, strict=True))
-        return {**named, "bev_neck": self.read_neck(named)}
+        maps = [*maps, self.neck(maps)]
+        if self.turned:
+            maps = [map_from_network(x) for x in maps]
+        return dict(zip((*self.names, "bev_neck"), maps, strict=True))
 
     def read_neck(self, stages: dict[str, Tensor]) -> Tensor:
-        """Neck over named stage maps, also those of the label encoder."""
-        return self.neck([stages[name] for name in self.names])
+        """Neck over named stage maps in bev, also those of the label encoder."""
+        maps = [stages[name] for name in self.names]
+        if self.turned:
+            return map_from_network(self.neck([map_to_network(x) for x in maps]))
+        return self.neck(maps)

@@ -74,8 +74,17 @@ def crn_r50_config(**changes: Any) -> StudentConfig:
 
 
 def crn_r18_config(**changes: Any) -> StudentConfig:
-    """CRN, ResNet-18."""
-    return StudentConfig(name="crn_r18", backbone="resnet18").with_values(**changes)
+    """CRN, ResNet-18, with the narrower necks, radar encoder and trunk of its public configuration (37.2 M)."""
+    base = StudentConfig(
+        name="crn_r18",
+        backbone="resnet18",
+        fpn_channels=64,
+        radar_layers=(2, 3, 3),
+        radar_neck_channels=64,
+        radar_head_channels=96,
+        trunk_base=128,
+    )
+    return base.with_values(**changes)
 
 
 def crn_r101_config(**changes: Any) -> StudentConfig:
