@@ -43,7 +43,8 @@ class Road:
         at = np.arange(len(self.heading_rad))
         x, y = np.interp(u, at, self.xy_m[:, 0]), np.interp(u, at, self.xy_m[:, 1])
         heading = np.interp(u, at, self.heading_rad)
-        return x - np.sin(heading) * d_m, y + np.cos(heading) * d_m, heading
+        past = (u - np.clip(u, 0.0, at[-1])) * _STEP_M  # straight on beyond both ends
+        return x + np.cos(heading) * past - np.sin(heading) * d_m, y + np.sin(heading) * past + np.cos(heading) * d_m, heading
 
 
 def make_road(rng: np.random.Generator, run_m: float) -> Road:

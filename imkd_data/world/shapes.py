@@ -50,7 +50,7 @@ SIZES: MappingProxyType[str, tuple[Vector, float]] = MappingProxyType(
     {
         "vehicle.car": ((4.62, 1.95, 1.73), 0.07),
         "vehicle.truck": ((6.93, 2.51, 2.84), 0.13),
-        "vehicle.construction": ((6.56, 2.75, 3.2), 0.12),
+        "vehicle.construction": ((6.56, 2.6, 3.2), 0.06),
         "vehicle.bus.rigid": ((11.1, 2.94, 3.47), 0.07),
         "vehicle.trailer": ((10.8, 2.75, 3.6), 0.1),
         "movable_object.barrier": ((0.5, 2.5, 1.0), 0.08),

@@ -68,19 +68,19 @@ def _work_site(cast: Cast, s: float, side: int) -> float:
             "movable_object.trafficcone",
             "prop",
             s + float(rng.uniform(1.7, 2.1)) * k,
-            side * (6.75 + 0.25 * k),
+            side * (7.15 + 0.2 * k),
             rng.uniform(-3, 3),
         )
     for k in range(3):
         lean = float(rng.uniform(-0.08, 0.08))
         cast.stand(
-            "movable_object.barrier", "prop", s + 8.2 + 2.75 * k, side * (7.0 + rng.uniform(-0.1, 0.1)), np.pi / 2 + lean
+            "movable_object.barrier", "prop", s + 8.2 + 3.1 * k, side * (7.3 + rng.uniform(-0.06, 0.06)), np.pi / 2 + lean
         )
-    cast.stand("vehicle.construction", "parked", s + 14.5, side * 8.8, float(rng.uniform(-0.06, 0.06)))
-    cast.stand("human.pedestrian.construction_worker", "standing", s + 10.0, side * 9.3, float(rng.uniform(-3, 3)))
-    cast.walk("human.pedestrian.construction_worker", s + 6.0, side * 8.6, 0.35, 1)
+    cast.stand("vehicle.construction", "parked", s + 14.5, side * 9.1, float(rng.uniform(-0.03, 0.03)))
+    cast.stand("human.pedestrian.construction_worker", "standing", s + 9.0, side * 9.3, float(rng.uniform(-3, 3)))
+    cast.walk("human.pedestrian.construction_worker", s + 7.0, side * 8.4, 0.35, -1)
     for k in range(2):
-        cast.stand("movable_object.trafficcone", "prop", s + 19.5 + 1.8 * k, side * (7.2 + 0.5 * k), rng.uniform(-3, 3))
+        cast.stand("movable_object.trafficcone", "prop", s + 19.5 + 1.8 * k, side * (7.3 + 0.5 * k), rng.uniform(-3, 3))
     return s + 26.0
 
 
@@ -100,7 +100,7 @@ def _parked(cast: Cast, s: float, side: int, category: str) -> float:
     facing = 0.0 if side < 0 else np.pi
     d = side * (PARKING_M if size[1] < 2.3 else PARKING_M + 0.2)
     cast.stand(category, "parked", s + size[0] / 2, d, facing + float(rng.normal(0, 0.02)), size)
-    return s + size[0] + float(rng.uniform(0.8, 2.0))
+    return s + size[0] + float(rng.uniform(1.8, 3.5))
 
 
 _KERB = (
@@ -190,13 +190,13 @@ def _people(cast: Cast, last_s: float) -> None:
     """Pedestrians and riders on both pavements: some near the start, more along the road."""
     rng = cast.rng
     for side in (-1, 1):
-        cast.walk("vehicle.bicycle", float(rng.uniform(-10.0, 14.0)), side * 10.1, float(rng.uniform(2.5, 5.0)), -side)
+        cast.walk("vehicle.bicycle", float(rng.uniform(-10.0, 14.0)), side * 10.7, float(rng.uniform(2.5, 5.0)), -side)
         starts = [float(rng.uniform(-5.0, 25.0)), *np.arange(-60.0, last_s, 28.0) + rng.uniform(-14, 14)]
         for s in starts:
             if rng.random() < 0.2:
                 continue
             category = "human.pedestrian.child" if rng.random() < 0.12 else "human.pedestrian.adult"
-            d, direction = side * float(rng.uniform(10.9, 12.5)), int(rng.choice((-1, 1)))
+            d, direction = side * float(rng.uniform(11.3, 12.6)), int(rng.choice((-1, 1)))
             if rng.random() < 0.62:
                 cast.walk(category, float(s), d, float(rng.uniform(0.7, 1.7)), direction)
             elif not cast.crossing_near(float(s), 1.0):
