@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from memory_cache import GRID, MemoryCache, rows_of
 
 from imkd_data.errors import CacheDamageError, MismatchError, MissingFeatureError, UsageError
 from imkd_data.geometry import BevGrid
@@ -14,8 +15,6 @@ from imkd_data.loader.augment import IDENTITY, AugmentConfig, draw_bev
 from imkd_data.loader.batch import Batch
 from imkd_data.loader.rows import read_rows
 from imkd_data.loader.stream import held_out_rows, stream
-
-from .memory_cache import GRID, MemoryCache, rows_of
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from toy import SUITE, open_toy, write_toy
 
 from imkd_data.fields.boxes import BOX_FIELDS
 from imkd_data.fields.calibration import CALIBRATION_FIELDS
@@ -16,7 +17,6 @@ from imkd_data.fields.lidar import LIDAR_FIELDS
 from imkd_data.fields.radar import RADAR_FIELDS
 from imkd_data.geometry import BevGrid
 from imkd_data.recipe import Recipe
-from tests.toy import SUITE, open_toy, write_toy
 
 ALL = {f.name: f for g in (BOX_FIELDS, CALIBRATION_FIELDS, DEPTH_FIELDS, IMAGE_FIELDS, LIDAR_FIELDS, RADAR_FIELDS) for f in g}
 GRID = BevGrid(x_min_m=-9.6, y_min_m=-6.4, cell_m=0.2, nx=96, ny=64)  # neither square nor symmetric in its counts
