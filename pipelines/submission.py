@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imkd_data.classes import ATTRIBUTES, DETECTION_CLASSES
+from imkd_data.classes import ATTRIBUTES, DETECTION_CLASSES, LABEL_FROM_CLASS
 from imkd_data.errors import FrameMismatchError
-from imkd_data.geometry import EGO, GLOBAL, Pose
+from imkd_data.geometry import EGO, GLOBAL, Pose, rotation_from_quaternion
 from imkd_data.sample import Boxes
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "boxes_to_results",
     "guess_attributes",
     "headings_to_global",
+    "results_to_boxes",
     "submission_meta",
     "write_results",
 ]
@@ -125,6 +126,35 @@ def boxes_to_results(
         }
         for k, i in enumerate(order)
     ]
+
+
+def results_to_boxes(entries: Sequence[Mapping[str, Any]], global_from_ego: Pose) -> Boxes:
+    """One sample's submission entries (frame global) -> boxes in ego; the inverse of ``boxes_to_results``."""
+    n = len(entries)
+    if not n:
+        return Boxes.empty(EGO)
+
+    def column(name: str) -> NDArray[np.float64]:
+        return np.array([e[name] for e in entries], dtype=np.float64).reshape(n, -1)
+
+    ego_from_global = global_from_ego.inverse()
+    axis = ego_from_global.vectors(rotation_from_quaternion(column("rotation"))[:, :, 0])
+    velocity = column("velocity")
+    names = [e["attribute_name"] for e in entries]
+    unknown = np.full(n, -1, dtype=np.int64)
+    return Boxes(
+        frame=EGO,
+        centre_m=ego_from_global.points(column("translation")),
+        size_lwh_m=column("size")[:, [1, 0, 2]],
+        yaw_rad=np.arctan2(axis[:, 1], axis[:, 0]),
+        velocity_mps=ego_from_global.vectors(np.concatenate([velocity, np.zeros((n, 1))], 1))[:, :2],
+        label=np.array([LABEL_FROM_CLASS[e["detection_name"]] for e in entries], dtype=np.int64),
+        score=column("detection_score")[:, 0],
+        num_lidar=unknown,
+        num_radar=unknown,
+        attribute=np.array([ATTRIBUTES.index(a) if a else -1 for a in names], dtype=np.int64),
+        visibility=np.zeros(n, dtype=np.int64),
+    )
 
 
 def submission_meta(sensors: Iterable[str]) -> dict[str, bool]:
