@@ -50,7 +50,9 @@ def write_toy(root: Path, *, scenes: int = 4, keyframes: int = 5, seed: int = 0,
             t = 1_000_000_000 + s * 100_000_000 + k * PERIOD_US
             box = [6.0 + k, 1.5 - s, 0.8, 4.0, 1.8, 1.5, 0.3, 2.0, 0.1, int(k % 2), 7]
             token = hashlib.md5(f"{seed}.{s}.{k}".encode()).hexdigest()
-            keys.append({"token": token, "t": t, "xy": [3.0 * k, 0.5 * k], "yaw": 0.05 * k, "boxes": [box][: (k + s) % 3]})
+            keys.append(
+                {"token": token, "t": t, "xy": [100.0 * s + 3.0 * k, 0.5 * k], "yaw": 0.05 * k, "boxes": [box][: (k + s) % 3]}
+            )
             for half in (0, 1):
                 scan = np.c_[rng.uniform(-9, 9, (40, 3)), rng.integers(0, 256, 40), rng.integers(0, 8, 40)]
                 np.save(root / "SPINNER" / f"{t - half * PERIOD_US // 2}.npy", scan.astype(np.float32))
@@ -308,6 +310,7 @@ TOY_POSE = CacheField(
     uses=(),
     dtype=np.dtype("f8"),
     shape=_twelve,
+    codec="none",
     compute=_pose,
 )
 TOY_PICTURES = CacheField(
