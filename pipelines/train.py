@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from imkd_data.cache import fault
 from imkd_data.errors import ImkdError, InterruptedBuildError, UsageError
 from imkd_data.loader.batch import Batch
 from imkd_data.loader.order import key64
@@ -271,6 +272,7 @@ class _Trainer:
             ema.update(self.networks.model, step)
         self.meter.add(time.perf_counter() - begun, waited)
         self._tell(step + 1, sums, norm, config.lr * factor, log)
+        fault.point("train.step")
         return agree(signals.received, self.fabric.device)
 
     def _next(self, batches: Iterator[Batch]) -> tuple[Batch | None, float, ImkdError | None]:
