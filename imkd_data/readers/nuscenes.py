@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,19 @@ def _version_folder(root: Path, version: str) -> Path:
     return folder
 
 
+def _image_size(tables: NuScenesTables) -> tuple[int, int]:
+    """Height and width of the camera images as the tables give them; synthetic worlds may be smaller than 900 x 1600."""
+    sizes, counts = np.unique(tables.data_hw[(tables.data_hw > 0).all(axis=1)], axis=0, return_counts=True)
+    if not len(counts):
+        return NUSCENES.image_hw_px
+    height, width = sizes[int(counts.argmax())]
+    return int(height), int(width)
+
+
 class NuScenesReader:
     """One nuScenes version on disk. Cheap to describe (``recipe``), so workers open their own."""
 
-    suite = NUSCENES
+    suite: SensorSuite = NUSCENES  # with the image size of the tables once they are read
 
     def __init__(
         self,
@@ -133,6 +143,7 @@ class NuScenesReader:
                 found=reference_channel,
             )
         self.tables: NuScenesTables = load_tables(_version_folder(self.dataroot, version))
+        self.suite = replace(NUSCENES, image_hw_px=_image_size(self.tables))
         self._files = SourceFiles(self.dataroot)
         self._scenes = {name: i for i, name in enumerate(self.tables.scene_name)}
         self._builder = SceneBuilder(
