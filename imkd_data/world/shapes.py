@@ -8,7 +8,7 @@ annotated boxes are a little larger than what they hold; so points lie inside an
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -92,11 +92,16 @@ def make_size(category: str, rng: np.random.Generator) -> Vector:
     return tuple(round(float(m * k), 3) for m, k in zip(mean, scale, strict=True))  # type: ignore[return-value]
 
 
-def make_look(category: str, rng: np.random.Generator, materials: str) -> Look:
-    """Paint and reflectivity; with ``materials='independent'`` reflectivity says nothing about the class."""
+def with_chance_materials(parts: list[Part], rng: np.random.Generator) -> list[Part]:
+    """The same shapes with reflectivity and retro-reflection drawn alike for every part of every class."""
+    rho, mirrors = rng.uniform(4.0, 80.0, len(parts)), rng.random(len(parts)) < 0.05
+    return [replace(p, reflectivity=float(r), retro=0.5 * float(m)) for p, r, m in zip(parts, rho, mirrors, strict=True)]
+
+
+def make_look(category: str, rng: np.random.Generator) -> Look:
+    """Paint and reflectivity of one actor of a class."""
     mean, spread = _MEAN_REFLECTIVITY[category]
-    by_class = float(np.clip(mean + spread * rng.standard_normal(), 3.0, 95.0))
-    by_chance = float(rng.uniform(4.0, 80.0))
+    reflectivity = float(np.clip(mean + spread * rng.standard_normal(), 3.0, 95.0))
     paint = CAR_PAINTS[int(rng.integers(len(CAR_PAINTS)))]
     cloth: Vector = tuple(float(v) for v in rng.uniform(0.05, 0.8, 3))  # type: ignore[assignment]
     colour: dict[str, Vector] = {
@@ -110,7 +115,7 @@ def make_look(category: str, rng: np.random.Generator, materials: str) -> Look:
         "human.pedestrian.construction_worker": (0.85, 0.95, 0.1),
         "vehicle.emergency.police": (0.95, 0.95, 0.98),
     }
-    return Look(colour=colour.get(category, cloth), second=cloth, reflectivity=by_class if materials == "class" else by_chance)
+    return Look(colour=colour.get(category, cloth), second=cloth, reflectivity=reflectivity)
 
 
 def _box(x: float, y: float, z0: float, z1: float, hx: float, hy: float, colour: Vector, rho: float, **more: float) -> Part:
@@ -219,7 +224,8 @@ def _two_wheeler(l: float, w: float, h: float, look: Look, *, rider: bool, heavy
     rho, frame = look.reflectivity, 0.09 if heavy else 0.045
     seat = (0.55 if rider else 0.72) * h
     skin: Vector = (0.75, 0.55, 0.45)
-    parts = [_box(x * l, 0.0, 0.0, 0.62, 0.31, 0.05 if heavy else 0.028, TYRE, 6.0) for x in (-0.62, 0.62)]
+    wheel = min(0.31, 0.37 * l)
+    parts = [_box(x * l, 0.0, 0.0, 2 * wheel, wheel, 0.05 if heavy else 0.028, TYRE, 6.0) for x in (-0.62, 0.62)]
     parts += [
         _box(0.0, 0.0, 0.3, seat, 0.6 * l, frame if not heavy else 0.5 * w, look.colour, rho),
         _box(0.42 * l, 0.0, seat, seat + 0.12, 0.04, 0.85 * w, TYRE, 12.0),
@@ -250,13 +256,13 @@ def _person(l: float, w: float, h: float, look: Look, *, vest: bool = False) -> 
 
 
 def _cone(l: float, w: float, h: float, look: Look) -> list[Part]:
-    rho = look.reflectivity
+    rho, radius = look.reflectivity, min(l, w)
     white: Vector = (0.95, 0.95, 0.95)
     return [
         _box(0.0, 0.0, 0.0, 0.06, l, w, (0.1, 0.1, 0.1), 6.0),
-        _tube(0.0, 0.0, 0.06, 0.45 * h, 0.75 * l, look.colour, rho),
-        _tube(0.0, 0.0, 0.45 * h, 0.7 * h, 0.55 * l, white, 75.0, retro=0.55),
-        _tube(0.0, 0.0, 0.7 * h, h, 0.32 * l, look.colour, rho),
+        _tube(0.0, 0.0, 0.06, 0.45 * h, 0.75 * radius, look.colour, rho),
+        _tube(0.0, 0.0, 0.45 * h, 0.7 * h, 0.55 * radius, white, 75.0, retro=0.55),
+        _tube(0.0, 0.0, 0.7 * h, h, 0.32 * radius, look.colour, rho),
     ]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from imkd_data.geometry import F64
 from imkd_data.world import motion
 from imkd_data.world.road import CROSS_HALF_M, CROSS_LENGTH_M, Road
-from imkd_data.world.shapes import Part, Vector, make_look, make_parts, make_size
+from imkd_data.world.shapes import Part, Vector, make_look, make_parts, make_size, with_chance_materials
 
 PARKING_M = 8.15
 
@@ -38,9 +38,11 @@ class Cast:
     def add(self, category: str, role: str, track: F64, size: Vector | None = None) -> Actor:
         """Append one actor with a random size and look."""
         size = size or make_size(category, self.rng)
-        look = make_look(category, self.rng, self.materials)
-        parts = tuple(make_parts(category, size, look, rider=role == "rider"))
-        actor = Actor(category=category, role=role, size_lwh_m=size, parts=parts, track=track)
+        look = make_look(category, self.rng)
+        parts = make_parts(category, size, look, rider=role == "rider")
+        if self.materials == "independent":
+            parts = with_chance_materials(parts, np.random.default_rng(int(1e6 * size[0]) + len(self.actors)))
+        actor = Actor(category=category, role=role, size_lwh_m=size, parts=tuple(parts), track=track)
         self.actors.append(actor)
         return actor
 
