@@ -22,6 +22,7 @@ __all__ = [
     "StageNeck",
     "cell_index",
     "conv_norm_relu",
+    "count_per_rank",
     "frozen_copy",
     "inverse44",
 ]
@@ -202,6 +203,18 @@ def inverse44(matrix: Tensor) -> Tensor:
     """Inverse of (..., 4, 4) or (..., 3, 3) transforms in float32, also under autocast."""
     with torch.autocast(matrix.device.type, enabled=False):
         return torch.linalg.inv(matrix.float())
+
+
+def count_per_rank(count: Tensor, at_least: float) -> Tensor:
+    """A loss's normaliser under distributed training: the total over ranks, at least ``at_least``, divided by the ranks.
+
+    Each rank's sum over it, averaged over ranks, is the loss of the whole global batch, however uneven the ranks are.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        count = count.clone()
+        torch.distributed.all_reduce(count)
+        return count.clamp(min=at_least) / torch.distributed.get_world_size()
+    return count.clamp(min=at_least)
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:

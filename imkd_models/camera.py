@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from imkd_data.errors import RecipeError
 from imkd_data.geometry import BevGrid
-from imkd_models.blocks import BasicBlock, StageNeck, cell_index, conv_norm_relu, inverse44
+from imkd_models.blocks import BasicBlock, StageNeck, cell_index, conv_norm_relu, count_per_rank, inverse44
 from imkd_models.config import StudentConfig
 from imkd_models.pooling import bev_pool
 
@@ -228,4 +228,4 @@ def depth_loss(depth_BVDHW: Tensor, target_BVHW: Tensor, config: StudentConfig) 
         hot = nn.functional.one_hot(index, config.depth_bins).movedim(-1, 2).float()
         p = depth_BVDHW.float().clamp(0, 1)
         loss = nn.functional.binary_cross_entropy(p, hot, reduction="none").sum(2)
-        return torch.where(valid, loss, 0).sum() / valid.sum().clamp(min=1)
+        return torch.where(valid, loss, 0).sum() / count_per_rank(valid.sum().float(), 1.0)

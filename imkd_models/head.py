@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from imkd_data.classes import CLASS_GROUPS, DETECTION_CLASSES, LABEL_FROM_CLASS
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import BoxBatch
-from imkd_models.blocks import cell_index, conv_norm_relu
+from imkd_models.blocks import cell_index, conv_norm_relu, count_per_rank
 from imkd_models.decode import DecodeOptions, Detections, attributes_from, box_values_at, circle_nms, decode, rotated_iou
 from imkd_models.outputs import HeadMaps
 
@@ -245,15 +245,6 @@ def stacked_box_maps(maps: HeadMaps) -> Tensor:
     return torch.cat([getattr(maps, name) for name, _ in BOX_VALUES], dim=1)
 
 
-def _rank_mean(value: Tensor) -> Tensor:
-    """Average of a count over distributed ranks."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        value = value.clone()
-        torch.distributed.all_reduce(value)
-        value = value / torch.distributed.get_world_size()
-    return value
-
-
 def detection_loss(
     head: Sequence[HeadMaps],
     truth: BoxBatch | Targets,
@@ -287,7 +278,7 @@ def _focal(logits: Tensor, target: Tensor) -> Tensor:
     positive = -torch.log(p) * (1 - p) ** 2
     negative = -torch.log(1 - p) * p**2 * (1 - target) ** 4
     loss = torch.where(peak, positive, negative).sum()
-    return loss / _rank_mean(peak.sum().float()).clamp(min=1)
+    return loss / count_per_rank(peak.sum().float(), 1.0)
 
 
 def _box_l1(maps: HeadMaps, targets: Targets, mine: Tensor, weight: Tensor, options: LossOptions) -> Tensor:
@@ -297,7 +288,7 @@ def _box_l1(maps: HeadMaps, targets: Targets, mine: Tensor, weight: Tensor, opti
         known = torch.ones_like(known)
     use = mine[..., None] & known
     difference = torch.where(use, predicted - torch.nan_to_num(targets.values_BMD), 0)
-    return (difference.abs() * weight).sum() / _rank_mean(mine.sum().float()).clamp(min=1e-4)
+    return (difference.abs() * weight).sum() / count_per_rank(mine.sum().float(), 1e-4)
 
 
 def loss_options_from(values: Mapping[str, object]) -> LossOptions:
