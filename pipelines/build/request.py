@@ -158,6 +158,7 @@ def resolve(asked: Asked) -> Resolved:
     declared = _declared(suite, asked.sensors)
     table, names, required = _field_table(asked.fields, asked.profile or "standard")
     chosen, left_out = split_by_sensors({n: table[n] for n in names}, declared, suite, required)
+    chosen = _canonical(chosen)
     if not chosen:
         raise UsageError("no field can be built with these sensors", found=", ".join(declared))
     reference = str(values.pop("reference_channel", None) or _reference(suite, declared))
@@ -174,6 +175,14 @@ def resolve(asked: Asked) -> Resolved:
     }
     recipe = Recipe.from_dict({**base, **_nested(values)})
     return Resolved(spec=spec, reader=source, recipe=recipe, fields=chosen, left_out=left_out, missing_scenes=missing)
+
+
+def _canonical(fields: Mapping[str, CacheField]) -> dict[str, CacheField]:
+    """Our fields in the order of the list, then others by name: the order of asking changes nothing."""
+    from imkd_data.fields import FIELDS
+
+    place = {f.name: i for i, f in enumerate(FIELDS)}
+    return {n: fields[n] for n in sorted(fields, key=lambda n: (place.get(n, len(place)), n))}
 
 
 def _whole(values: Mapping[str, Any], name: str) -> int:
@@ -236,7 +245,12 @@ def _field_table(
         required = tuple(f for f in fields if isinstance(f, str))
     unknown = [n for n in asked if n not in table]
     if unknown:
-        raise UsageError("unknown fields", expected=", ".join(table), found=", ".join(unknown))
+        raise UsageError(
+            "unknown fields",
+            expected=", ".join(table),
+            found=", ".join(unknown),
+            next="fields of your own are given as CacheField values: pipelines.build.build(fields=[...])",
+        )
     names: dict[str, None] = {}
 
     def add(name: str) -> None:
@@ -255,9 +269,9 @@ def _choose_scenes(
     reader: Reader, splits: tuple[str, ...], scenes: str | Sequence[str]
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Explicit scenes of the recipe (() = all the tables hold) and those left out with the reason."""
+    names = [n for s in splits for n in reader.scene_names(s)]
     if scenes == "all":
         return (), {}
-    names = [n for s in splits for n in reader.scene_names(s)]
     if scenes == "available":
         return _available(reader, names)
     patterns = scenes.split(",") if isinstance(scenes, str) else list(scenes)
