@@ -11,7 +11,7 @@ import torch
 from batches import ODD_GRID, make_batch, make_boxes, small_lidar
 from test_radar import keep
 
-from imkd_data.errors import MismatchError, MissingFeatureError, RecipeError
+from imkd_data.errors import MismatchError, MissingFeatureError, RecipeError, UsageError
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import BoxBatch
 from imkd_models.detector import LidarDetector
@@ -106,6 +106,17 @@ def test_no_lidar_points_is_finite(training):
     terms = model.loss(model(nothing), nothing)
     sum(terms.values()).backward()
     assert all(t.isfinite() for t in terms.values())
+
+
+def test_voxel_teacher_says_what_to_install_where_spconv_is_absent():
+    import importlib.util
+
+    from imkd_models.presets import voxel_config
+
+    if importlib.util.find_spec("spconv") is not None:
+        pytest.skip("spconv is installed")
+    with pytest.raises(UsageError, match="spconv"):
+        LidarDetector(voxel_config(grid=SMALL))
 
 
 def test_missing_lidar_is_named():
