@@ -189,7 +189,8 @@ def run_demo(
     out = Path(out)
     size = size or (QUICK if quick else FULL)
     _prepare(out)
-    workers = workers or max(1, min(4, len(os.sched_getaffinity(0))))
+    # Starting a process costs more than a tiny world.
+    workers = workers or (1 if quick else max(1, min(4, len(os.sched_getaffinity(0)))))
     clock = _Clock(out, progress)
     with clock.stage("world"):
         _world(out, size, seed, workers, clock)
@@ -231,7 +232,7 @@ def _cache(out: Path, size: DemoSize, workers: int, clock: _Clock) -> None:
         splits=("mini_train", "mini_val"),
         out=out / "cache",
         recipe_overrides={"image_hw_px": size.stored_hw_px},
-        executor="process" if workers > 1 else "sync",
+        executor="threads" if workers > 1 else "sync",
         workers=workers,
         progress=lambda event: clock.tell(event.done / max(1, event.total), event.text),
     )
@@ -296,6 +297,7 @@ def _report(out: Path, size: DemoSize, seed: int, clock: _Clock) -> str:
 def commands(out: Path) -> list[str]:
     """The same steps by hand."""
     run = f"--cache {out}/cache --out {out}"
+    score = f"--cache {out}/cache --dataroot {out}/world"
     return [
         f"imkd-data synth --out {out}/world --version v1.0-mini",
         f"imkd-data build --dataroot {out}/world --version v1.0-mini --split mini --out {out}/cache",
@@ -303,7 +305,7 @@ def commands(out: Path) -> list[str]:
         f"imkd train tiny_label {run}/label --teacher lidar={out}/teacher/last.ckpt",
         f"imkd train tiny_student {run}/student --method imkd --teacher lidar={out}/teacher/last.ckpt "
         f"--teacher label={out}/label/last.ckpt",
-        f"imkd evaluate --checkpoint {out}/student/last.ckpt --cache {out}/cache --dataroot {out}/world --out {out}/student/eval",
+        f"imkd evaluate --checkpoint {out}/student/last.ckpt {score} --out {out}/student/eval",
         f"imkd report {out}/teacher {out}/student --cache {out}/cache --out {out}/report.html",
         f"# this page: {' '.join(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv))}",
     ]

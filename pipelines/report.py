@@ -284,11 +284,10 @@ def _training(facts: RunFacts) -> str:
 def _cost(facts: Sequence[RunFacts], stages: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     if stages:
-        rows = [
-            [str(s["name"]), float(s["seconds"]), float(s.get("peak_mb", math.nan)), str(s.get("text", ""))] for s in stages
-        ]
-        rows.append(["all", sum(r[1] for r in rows), max(r[2] for r in rows), ""])
-        parts.append(table(["stage", "seconds", "peak memory MB", ""], rows, caption="Stages", digits=1, text_columns=(3,)))
+        cost = [(float(s["seconds"]), float(s.get("peak_mb", math.nan))) for s in stages]
+        listed: list[list[Any]] = [[str(s["name"]), *c, str(s.get("text", ""))] for s, c in zip(stages, cost, strict=True)]
+        listed.append(["all", sum(c[0] for c in cost), max(c[1] for c in cost), ""])
+        parts.append(table(["stage", "seconds", "peak memory MB", ""], listed, caption="Stages", digits=1, text_columns=(3,)))
     rows = []
     for f in facts:
         if f.log:
