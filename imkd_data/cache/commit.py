@@ -157,8 +157,9 @@ def _rename_new(temp: Path, path: Path, data: bytes) -> bool:
             if error.errno in _FULL or error.errno in _RETRY:
                 raise
     else:
-        _exclusive_copy(path, data)
-        return True
+        with contextlib.suppress(FileExistsError):
+            _exclusive_copy(path, data)
+            return True
     if _equal(path, data):
         return False
     raise CacheDamageError(
@@ -206,12 +207,7 @@ def _link(temp: Path, path: Path) -> None:
 def _exclusive_copy(path: Path, data: bytes) -> None:
     """Last resort where neither renameat2 nor hard links work. Not atomic: a receipt is written only after the content
     was read back, so a torn copy counts as not built."""
-    try:
-        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o644)
-    except FileExistsError:
-        if not _equal(path, data):
-            raise
-        return
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o644)
     with os.fdopen(fd, "wb") as file:
         file.write(data)
         file.flush()
