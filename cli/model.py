@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from cli.show import COMMANDS as SHOW
+
 __all__ = ["group"]
 
 PATH = click.Path(path_type=Path)
@@ -284,3 +286,7 @@ def methods(as_json: bool) -> None:
         click.echo(f"{name:<18}{method.summary}")
         teachers = " ".join(f"--teacher {t}=CKPT" for t in method.teachers)
         click.echo(f"{'':<18}{teachers or 'no teacher'}; options: {', '.join(o['name'] for o in method.options.describe())}")
+
+
+for _command in SHOW:
+    group.add_command(_command)
