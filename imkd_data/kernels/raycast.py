@@ -33,8 +33,8 @@ Tree = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]
 
 
 @njit(cache=True, inline="always")
-def hash_uniform(a: int, b: int) -> float:
-    """Uniform number in [0, 1) from two integers (splitmix64); the same on every machine."""
+def _hash(a: int, b: int) -> Any:
+    """64 mixed bits from two integers (splitmix64); the same on every machine."""
     z = (
         np.uint64(a) * np.uint64(0x9E3779B97F4A7C15)
         + np.uint64(b) * np.uint64(0xD1B54A32D192ED03)
@@ -42,15 +42,22 @@ def hash_uniform(a: int, b: int) -> float:
     )
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z = z ^ (z >> np.uint64(31))
-    return float(z >> np.uint64(11)) * (1.0 / 9007199254740992.0)
+    return z ^ (z >> np.uint64(31))
+
+
+@njit(cache=True, inline="always")
+def hash_uniform(a: int, b: int) -> float:
+    """Uniform number in [0, 1) from two integers."""
+    return float(_hash(a, b) >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
 
 @njit(cache=True, inline="always")
 def hash_normal(a: int, b: int) -> float:
     """Bounded bell curve (sum of four uniforms): mean 0, deviation 1, |value| < 3.47."""
-    total = hash_uniform(a, 4 * b) + hash_uniform(a, 4 * b + 1) + hash_uniform(a, 4 * b + 2) + hash_uniform(a, 4 * b + 3)
-    return (total - 2.0) * 1.7320508075688772
+    z = _hash(a, b)
+    low = np.uint64(0xFFFF)
+    total = float(z & low) + float((z >> np.uint64(16)) & low) + float((z >> np.uint64(32)) & low) + float(z >> np.uint64(48))
+    return (total / 65536.0 - 2.0) * 1.7320508075688772
 
 
 @njit(cache=True)

@@ -118,14 +118,35 @@ def _texture(kind: int, p: Any, x: float, y: float, z: float) -> float:
 
 
 @njit(cache=True)
+def paint_shadows(mask: Any, x0_m: float, y0_m: float, cell_m: float, prims: Any, kinds: Any, sun: Any) -> None:
+    """Set the cells of ``mask`` (ny, nx) uint8 whose centres primitives hide from the sun (a unit vector towards it)."""
+    rows, columns = mask.shape
+    sx, sy = sun[0] / sun[2], sun[1] / sun[2]
+    for n in range(prims.shape[0]):
+        p = prims[n]
+        low, high, reach = p[2] - p[5], p[2] + p[5], p[13]
+        x1, x2 = p[0] - max(sx * low, sx * high) - reach, p[0] - min(sx * low, sx * high) + reach
+        y1, y2 = p[1] - max(sy * low, sy * high) - reach, p[1] - min(sy * low, sy * high) + reach
+        for row in range(max(0, int((y1 - y0_m) / cell_m)), min(rows, int((y2 - y0_m) / cell_m) + 1)):
+            for column in range(max(0, int((x1 - x0_m) / cell_m)), min(columns, int((x2 - x0_m) / cell_m) + 1)):
+                if mask[row, column]:
+                    continue
+                x, y = x0_m + (column + 0.5) * cell_m, y0_m + (row + 0.5) * cell_m
+                t0, t1 = hit_span(p, kinds[n, 0], x, y, 0.0, sun[0], sun[1], sun[2])
+                if t1 > max(t0, 0.0):
+                    mask[row, column] = 1
+
+
+@njit(cache=True)
 def shade(
     depth: Any, which: Any, prims: Any, kinds: Any, colours: Any, rotation: Any, origin: Any, matrix: Any,
-    ground: Any, cell_m: float, ground_colours: Any, light: Any, sky: Any, lamp: Any, seed: int,
+    ground: Any, cell_m: float, ground_colours: Any, shadow: Any, shadow_at: Any, light: Any, sky: Any, lamp: Any, seed: int,
 ) -> Any:  # fmt: skip
     """Colour of every pixel.
 
     Args:
         depth, which: from ``render_depth``. ground_colours (M, 3). sky (2, 3): colour at the horizon and above.
+        shadow (ny, nx) uint8: ground hidden from the sun, lower corner ``shadow_at`` (2,), cells of ``cell_m``.
         light (8,): sun direction x, y, z, sun strength, ambient strength, haze per metre, noise, exposure.
         lamp (6,): headlight x, y, z, direction x, y, strength (0: none).
 
@@ -136,7 +157,7 @@ def shade(
     image = np.empty((height, width, 3), np.uint8)
     fx, fy, cx, cy = matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2]
     rows, columns = ground.shape
-    rgb = np.empty(3)
+    rgb, tone = np.empty(3), 255.0 * (np.arange(1024) / 512.0) ** 0.8
     for v in range(height):
         for u in range(width):
             x, y = (u - cx) / fx, (v - cy) / fy
@@ -152,7 +173,7 @@ def shade(
             else:
                 gx, gy, gz = origin[0] + dx * far, origin[1] + dy * far, origin[2] + dz * far
                 nx, ny, nz = 0.0, 0.0, 1.0
-                factor = 1.0
+                factor, sun = 1.0, light[3]
                 if hit == GROUND:
                     row, column = int(gy / cell_m), int(gx / cell_m)
                     material = 0
@@ -160,6 +181,9 @@ def shade(
                         material = ground[row, column]
                     for a in range(3):
                         rgb[a] = ground_colours[material, a]
+                    row, column = int((gy - shadow_at[1]) / cell_m), int((gx - shadow_at[0]) / cell_m)
+                    if 0 <= row < shadow.shape[0] and 0 <= column < shadow.shape[1] and shadow[row, column]:
+                        sun = 0.0
                     fine = hash_uniform(31, int(gx * 12.0) * 65536 + int(gy * 12.0)) - 0.5
                     factor = 1.0 + 0.14 * fine + 0.05 * hash_normal(32, int(gx * 0.7) * 65536 + int(gy * 0.7))
                 else:
@@ -170,7 +194,7 @@ def shade(
                     factor = _texture(texture, p, gx, gy, gz)
                     if texture == 4 or texture == 6:
                         glow = 1.0 if texture == 4 else 0.6
-                lit = light[4] * (0.75 + 0.25 * nz) + light[3] * max(0.0, nx * light[0] + ny * light[1] + nz * light[2])
+                lit = light[4] * (0.75 + 0.25 * nz) + sun * max(0.0, nx * light[0] + ny * light[1] + nz * light[2])
                 if lamp[5] > 0.0:
                     lx, ly, lz = gx - lamp[0], gy - lamp[1], gz - lamp[2]
                     reach = math.sqrt(lx * lx + ly * ly + lz * lz) + 0.1
@@ -184,6 +208,6 @@ def shade(
                     rgb[a] = shown + haze * (sky[0, a] - shown)
             grain = light[6] * hash_normal(seed, v * 4096 + u)
             for a in range(3):
-                value = 255.0 * (max(rgb[a] * light[7], 0.0) ** 0.8) + grain
+                value = tone[min(int(max(rgb[a] * light[7], 0.0) * 512.0), 1023)] + grain
                 image[v, u, a] = np.uint8(min(max(value, 0.0), 255.0))
     return image

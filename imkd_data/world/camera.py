@@ -14,7 +14,7 @@ from imkd_data.world.options import random_stream
 from imkd_data.world.road import CELL_M
 from imkd_data.world.scene import Scene
 
-REACH_M = 180.0
+REACH_M, SHADOW_M = 180.0, 70.0
 JPEG_QUALITY = 88
 _GROUND_RGB = np.array(
     [[0.28, 0.38, 0.18], [0.3, 0.3, 0.31], [0.86, 0.86, 0.82], [0.55, 0.53, 0.5], [0.46, 0.45, 0.42], [0.64, 0.63, 0.6]]
@@ -51,6 +51,10 @@ class CameraModel:
         self.sky = np.array(_SKY[scene.weather])
         sun, ambient, haze, noise, exposure = _LIGHT[scene.weather]
         self.light = np.array([*scene.sun_direction, sun, ambient, haze, noise, exposure])
+        self.still_shadow = np.zeros(scene.ground.cells.shape, np.uint8)
+        if sun > 0.2:
+            fixed = scene.statics
+            render.paint_shadows(self.still_shadow, 0.0, 0.0, CELL_M, fixed.prims, fixed.kinds, scene.sun_direction)
 
     def pose(self, camera: str, t_s: float) -> tuple[F64, F64]:
         """global_from_camera rotation (3, 3) and origin (3,)."""
@@ -73,11 +77,24 @@ class CameraModel:
             return View(depth_m=depth, objects=objects, image=None)
         image = render.shade(
             depth, which, things.prims, things.kinds, things.colours, rotation, origin, matrix, self.scene.ground.cells, CELL_M,
-            _GROUND_RGB, self.light, self.sky, self._lamp(t_s), seed,
+            _GROUND_RGB, *self._shadows(t_s, origin), self.light, self.sky, self._lamp(t_s), seed,
         )  # fmt: skip
         if "rain" in self.scene.weather:
             image = self._drops(image, seed)
         return View(depth_m=depth, objects=objects, image=image)
+
+    def _shadows(self, t_s: float, origin: F64) -> tuple[NDArray[np.uint8], F64]:
+        """Ground hidden from the sun about the camera, and the window's lower corner."""
+        column, row = (max(int((v - SHADOW_M) / CELL_M), 0) for v in origin[:2])
+        side = int(2 * SHADOW_M / CELL_M)
+        window = self.still_shadow[row : row + side, column : column + side].copy()
+        at = np.array([column * CELL_M, row * CELL_M])
+        if self.light[3] > 0.2:
+            things = self.scene.primitives(t_s, origin[:2], SHADOW_M)
+            actors = things.kinds[:, 1] >= 0
+            prims, kinds = things.prims[actors], things.kinds[actors]
+            render.paint_shadows(window, at[0], at[1], CELL_M, prims, kinds, self.scene.sun_direction)
+        return window, at
 
     def _lamp(self, t_s: float) -> F64:
         """Headlights at night: place, direction, strength."""
