@@ -32,7 +32,7 @@ class DemoSize:
     keyframes: int = 10
     image_hw_px: tuple[int, int] = (450, 800)
     stored_hw_px: tuple[int, int] = (198, 352)
-    steps: tuple[int, int, int] = (170, 60, 170)
+    steps: tuple[int, int, int] = (240, 80, 240)
 
 
 FULL = DemoSize()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -143,7 +145,9 @@ def _devkit_metrics(
 
     cfg = config_factory("detection_cvpr_2019") if config is None else DetectionConfig.deserialize(dict(config))
     found, meta = load_prediction_of_sample_tokens(str(results), cfg.max_boxes_per_sample, DetectionBox, list(tokens))
-    truth = _filtered(nusc, load_gt_of_sample_tokens(nusc, list(tokens), DetectionBox), cfg.class_range)
+    with contextlib.redirect_stderr(io.StringIO()):  # a tqdm bar that cannot be switched off
+        truth = load_gt_of_sample_tokens(nusc, list(tokens), DetectionBox)
+    truth = _filtered(nusc, truth, cfg.class_range)
     found = _filtered(nusc, found, cfg.class_range)
     metrics, curves = SubsetEval(cfg, truth, found).evaluate()
     counts = {name: sum(b.detection_name == name for b in truth.all) for name in DETECTION_CLASSES}

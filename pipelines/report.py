@@ -13,7 +13,7 @@ from imkd_data.classes import DETECTION_CLASSES
 from imkd_data.geometry import EGO, GLOBAL, Pose
 from imkd_data.sample import Boxes
 from pipelines.evaluate_detail import confusion, range_table
-from pipelines.report_data import RunFacts, boxes_of_samples, chosen_samples, paired_intervals, read_run
+from pipelines.report_data import RunFacts, boxes_of_samples, chosen_samples, groups_of, paired_intervals, read_run
 from pipelines.report_html import Page, chart, figure, number, pre, table, text
 from pipelines.sample_view import SampleView, match_boxes, read_view
 
@@ -51,11 +51,11 @@ def make_report(
     opened = _open(cache)
     page = Page(title, _subtitle(facts, opened), "Made by imkd. No script, style or picture is loaded from elsewhere.")
     page.add("summary", "Summary", *(f"<p>{text(n)}</p>" for n in notes), _summary(facts))
+    page.add("samples", "Samples", *_samples(facts, opened, worst, random, seed))
     page.add("classes", "Classes", *_classes(facts))
     page.add("comparison", "Comparison", _comparison(facts, _scenes(opened)))
     page.add("curves", "Precision and recall", _precision_recall(facts))
     page.add("range", "Errors against range", *_range(facts))
-    page.add("samples", "Samples", *_samples(facts, opened, worst, random, seed))
     page.add("confusion", "Confusion", *_confusions(facts))
     page.add("training", "Training", *(_training(f) for f in facts))
     page.add("cost", "Cost", _cost(facts, stages))
@@ -137,7 +137,8 @@ def _comparison(facts: Sequence[RunFacts], scene_of: Mapping[str, str]) -> str:
     rows = [list(r) for r in paired_intervals(facts, scene_of)]
     if len(rows) < 2:
         return ""
-    first, unit = rows[0][0], "scenes" if scene_of else "samples"
+    tokens = next(f.detail.tokens.tolist() for f in facts if f.detail is not None)
+    first, unit = rows[0][0], "samples" if groups_of(tokens, scene_of) == tokens else "scenes"
     for row in rows:
         row[1:] = [
             row[1],

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imkd_data.errors import ImkdError, InputDataError, SourceMissingError
+from imkd_data.errors import InputDataError, SourceMissingError
 from imkd_data.geometry import Pose
 from imkd_data.sample import Boxes
 from pipelines.evaluate_detail import Detail, read_detail, resampled_map, sample_badness
@@ -133,18 +133,28 @@ def boxes_of_samples(run: RunFacts, poses: Mapping[str, Pose]) -> dict[str, Boxe
     return out
 
 
+FEWEST_SCENES = 5  # resampling fewer tells nothing
+
+
+def groups_of(tokens: Sequence[str], scene_of: Mapping[str, str] | None) -> list[str]:
+    """The unit that is drawn in the bootstrap: the scene of each sample, or the sample itself where scenes are few."""
+    names = [scene_of.get(t, t) if scene_of else t for t in tokens]
+    return names if len(set(names)) >= FEWEST_SCENES else list(tokens)
+
+
 def paired_intervals(
     runs: Sequence[RunFacts], scene_of: Mapping[str, str] | None, draws: int = 200
 ) -> list[tuple[str, float, float, float, float, float]]:
     """(name, mAP, low, high, difference low, difference high) of each run; 95 % bootstrap over scenes, all runs drawn alike.
 
-    Differences are to the first run. Without scenes every sample is its own group. Runs on other samples are left out.
+    Differences are to the first run. With fewer than five scenes (or none known) samples are drawn. Runs on other samples are
+    left out.
     """
     scored = [(r, r.detail) for r in runs if r.detail is not None]
     if not scored:
         return []
     tokens = scored[0][1].tokens.tolist()
-    names = [scene_of.get(t, t) if scene_of else t for t in tokens]
+    names = groups_of(tokens, scene_of)
     groups: NDArray[np.int64] = np.unique(names, return_inverse=True)[1].reshape(-1).astype(np.int64)
     out = []
     first = None
@@ -158,11 +168,3 @@ def paired_intervals(
         mean = float(run.scores.get("mAP_occurring", np.nanmean(drawn)))
         out.append((run.name, mean, float(low), float(high), float(below), float(above)))
     return out
-
-
-def safe_read(folder: Path) -> RunFacts | None:
-    """``read_run``, None where the folder holds nothing to report."""
-    try:
-        return read_run(folder)
-    except ImkdError:
-        return None
