@@ -146,7 +146,7 @@ def train(
     if plan:
         from pipelines.forecast import plan_run, plan_text
 
-        facts = plan_run(resolved, cache, teachers, devices=devices, accelerator=accelerator)
+        facts = plan_run(resolved, cache, teachers, devices=devices, accelerator=accelerator, memory_limit=memory_limit)
         if as_json:
             out_json(facts)
         else:

@@ -24,7 +24,8 @@ from imkd_data.loader.stream import Stream, held_out_rows, stream
 from imkd_models.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from pipelines.guard import EXIT_CODES, StopSignals, agree, elsewhere, non_finite_error
 from pipelines.machine import Machine, accumulation, make_fabric
-from pipelines.networks import Networks, TrainUnit, build_networks, stream_values
+from pipelines.measure import loader_values
+from pipelines.networks import Networks, TrainUnit, build_networks
 from pipelines.optimise import Ema, lr_factor, make_optimiser
 from pipelines.run import Run, check_resumable
 from pipelines.trainlog import Meter, Tick, TrainLog
@@ -145,31 +146,20 @@ class _Trainer:
         self.losses: dict[str, float] = {}
 
     def _stream(self) -> Stream:
-        run, loader = self.run, self.run.loader
         made = stream(
             self.cache,
-            run.batch_size,
-            split=loader.split,
-            augment=loader.augment,
-            seed=run.seed,
-            shuffle=loader.shuffle,  # type: ignore[arg-type]
+            self.run.batch_size,
             rank=self.rank,
             world=self.world,
-            workers=loader.workers,
-            radar_filter=loader.radar_filter,
-            radar_sweeps=loader.radar_sweeps,
-            lidar_sweeps=loader.lidar_sweeps,
-            intensity_from=loader.intensity_from,
             device=self.fabric.device,
-            drop_last=False,  # epochs end at whole optimiser steps, see Stream.forever
-            **stream_values(self.networks),
+            **loader_values(self.run, self.networks),
         )
         if self.top != "overfit" and (held := held_out_rows(self.cache, made.order.rows)):
             raise UsageError(
                 "validation rows are not trained on",
                 rule="train.held_out",
                 expected="rows of train or mini_train",
-                found=f"{len(held)} of {len(made.order)} rows from other splits (loader.split={loader.split})",
+                found=f"{len(held)} of {len(made.order)} rows from other splits (loader.split={self.run.loader.split})",
                 next="leave loader.split at train; only the run `overfit` may use every row",
             )
         return made
