@@ -106,11 +106,11 @@ def _version_folder(root: Path, version: str) -> Path:
 
 def _image_size(tables: NuScenesTables) -> tuple[int, int]:
     """Height and width of the camera images as the tables give them; synthetic worlds may be smaller than 900 x 1600."""
-    sizes, counts = np.unique(tables.data_hw[(tables.data_hw > 0).all(axis=1)], axis=0, return_counts=True)
+    hw = tables.data_hw[tables.key_row[tables.key_row >= 0]]
+    sizes, counts = np.unique(hw[(hw > 0).all(axis=1)] @ np.array([1 << 20, 1]), return_counts=True)
     if not len(counts):
         return NUSCENES.image_hw_px
-    height, width = sizes[int(counts.argmax())]
-    return int(height), int(width)
+    return divmod(int(sizes[counts.argmax()]), 1 << 20)
 
 
 class NuScenesReader:

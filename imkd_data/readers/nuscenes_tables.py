@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from imkd_data.errors import ImkdError, InputDataError, SourceMissingError
 from imkd_data.geometry import F64, rotation_from_quaternion
+from imkd_data.readers.table_cache import kept_tables
 from imkd_data.readers.tables import key_index, read_table
 
 __all__ = ["NuScenesTables", "load_tables"]
@@ -22,22 +23,37 @@ I64 = NDArray[np.int64]
 
 _S, _I, _F, _B = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 _FS = pa.list_(_F)
+# In this order: a table stands after those that its keys point to.
 SCHEMAS: dict[str, pa.Schema] = {
     name: pa.schema([("token", _S), *columns])
     for name, columns in {
         "attribute": [("name", _S)],
+        "category": [("name", _S)],
+        "log": [("location", _S)],
+        "map": [],
+        "sensor": [("channel", _S), ("modality", _S)],
+        "visibility": [("level", _S)],
         "calibrated_sensor": [
             ("sensor_token", _S),
             ("translation", _FS),
             ("rotation", _FS),
             ("camera_intrinsic", pa.list_(_FS)),
         ],
-        "category": [("name", _S)],
         "ego_pose": [("timestamp", _I), ("rotation", _FS), ("translation", _FS)],
         "instance": [("category_token", _S)],
-        "log": [("location", _S)],
-        "map": [],
-        "sample": [("timestamp", _I), ("prev", _S), ("next", _S), ("scene_token", _S)],
+        "scene": [("log_token", _S), ("name", _S), ("description", _S)],
+        "sample": [("timestamp", _I), ("prev", _S), ("scene_token", _S)],
+        "sample_data": [
+            ("sample_token", _S),
+            ("ego_pose_token", _S),
+            ("calibrated_sensor_token", _S),
+            ("timestamp", _I),
+            ("is_key_frame", _B),
+            ("height", _I),
+            ("width", _I),
+            ("filename", _S),
+            ("prev", _S),
+        ],
         "sample_annotation": [
             ("sample_token", _S),
             ("instance_token", _S),
@@ -51,22 +67,28 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("num_lidar_pts", _I),
             ("num_radar_pts", _I),
         ],
-        "sample_data": [
-            ("sample_token", _S),
-            ("ego_pose_token", _S),
-            ("calibrated_sensor_token", _S),
-            ("timestamp", _I),
-            ("is_key_frame", _B),
-            ("height", _I),
-            ("width", _I),
-            ("filename", _S),
-            ("prev", _S),
-            ("next", _S),
-        ],
-        "scene": [("log_token", _S), ("name", _S), ("description", _S)],
-        "sensor": [("channel", _S), ("modality", _S)],
-        "visibility": [("level", _S)],
     }.items()
+}
+# Columns of tokens -> the table they point to. Turned into row numbers as soon as their table is read.
+_KEYS: dict[str, dict[str, str]] = {
+    "calibrated_sensor": {"sensor_token": "sensor"},
+    "instance": {"category_token": "category"},
+    "scene": {"log_token": "log"},
+    "sample": {"prev": "sample", "scene_token": "scene"},
+    "sample_data": {
+        "sample_token": "sample",
+        "ego_pose_token": "ego_pose",
+        "calibrated_sensor_token": "calibrated_sensor",
+        "prev": "sample_data",
+    },
+    "sample_annotation": {
+        "sample_token": "sample",
+        "instance_token": "instance",
+        "visibility_token": "visibility",
+        "attribute_tokens": "attribute",
+        "prev": "sample_annotation",
+        "next": "sample_annotation",
+    },
 }
 # Real tables leave these empty: unknown, not broken.
 _OPTIONAL = frozenset(
@@ -134,17 +156,41 @@ class NuScenesTables:
 
 
 def load_tables(folder: Path) -> NuScenesTables:
-    """All 13 tables of one version folder. Lists every unreadable table in one error (``problems``)."""
+    """All 13 tables of one version folder, from the store of resolved tables where they are big (``table_cache``).
+
+    Lists every unreadable table in one error (``problems``).
+    """
+    return kept_tables(folder, tuple(SCHEMAS), NuScenesTables, lambda: _make(folder))
+
+
+def _make(folder: Path) -> NuScenesTables:
     raw: dict[str, pa.Table] = {}
     problems: list[ImkdError] = []
     for name, schema in SCHEMAS.items():
         try:
-            raw[name] = read_table(folder / f"{name}.json", schema, optional=_OPTIONAL)
-            problems.extend(_duplicates(folder, name, raw[name]))
+            table = read_table(folder / f"{name}.json", schema, optional=_OPTIONAL)
         except (InputDataError, SourceMissingError) as error:
             problems.append(error)
+            continue
+        problems.extend(_duplicates(folder, name, table))
+        raw[name] = _with_rows(name, table, raw)
+        del table
+        pa.default_memory_pool().release_unused()
     _stop(problems)
     return _resolve(folder, raw)
+
+
+def _with_rows(name: str, table: pa.Table, raw: dict[str, pa.Table]) -> pa.Table:
+    """Token columns replaced by row numbers (int32), which is a tenth of their size. The track token is kept too."""
+    if name == "sample_annotation":
+        table = table.append_column("instance", table["instance_token"])
+    for column, target in _KEYS.get(name, {}).items():
+        tokens = table["token"] if target == name else raw[target]["token"] if target in raw else None
+        if tokens is None:  # that table could not be read, which is the error to show
+            continue
+        keys = _first(table[column]) if column == "attribute_tokens" else table[column]
+        table = table.set_column(table.schema.get_field_index(column), column, pa.array(key_index(keys, tokens)))
+    return table
 
 
 def _stop(problems: list[ImkdError]) -> None:
@@ -202,88 +248,91 @@ def _rotations(quaternion: F64) -> tuple[F64, F64]:
 
 
 def _resolve(folder: Path, raw: dict[str, pa.Table]) -> NuScenesTables:
-    def key(table: str, column: str, target: str) -> I32:
-        out: I32 = key_index(raw[table][column], raw[target]["token"])
-        return out
+    """The columns as they are used. Big ones leave ``raw`` when they are taken, so that memory holds them once."""
+
+    def numbers(table: str, column: str) -> NDArray[Any]:
+        return np.asarray(raw[table][column].to_numpy())
 
     def texts(table: str, column: str) -> list[str]:
         return ["" if v is None else v for v in raw[table][column].to_pylist()]
 
-    def vectors(table: str, column: str, width: int) -> F64:
-        return _vectors(folder, table, column, width, raw[table])
+    def tokens(table: str, column: str = "token") -> pa.Array:
+        values = raw[table][column].combine_chunks()
+        raw[table] = raw[table].drop_columns([column])
+        return values
 
-    scene_log = key("scene", "log_token", "log")
+    def vectors(table: str, column: str, width: int) -> F64:
+        values = _vectors(folder, table, column, width, raw[table])
+        raw[table] = raw[table].drop_columns([column])
+        return values
+
     location = texts("log", "location")
-    sensor = key("calibrated_sensor", "sensor_token", "sensor")
     channels = texts("sensor", "channel")
     cal_rotation, cal_norm = _rotations(vectors("calibrated_sensor", "rotation", 4))
-    data_sample = key("sample_data", "sample_token", "sample")
-    data_cal = key("sample_data", "calibrated_sensor_token", "calibrated_sensor")
-    is_key = raw["sample_data"]["is_key_frame"].to_numpy()
-    ann_sample = key("sample_annotation", "sample_token", "sample")
+    ann_sample = numbers("sample_annotation", "sample_token")
     order = np.argsort(ann_sample, kind="stable")
-    samples = raw["sample"].num_rows
     size = [pc.fill_null(raw["sample_data"][c], 0).to_numpy() for c in ("height", "width")]
+    key_row = _key_rows(folder, raw, len(channels))  # its errors name tokens, so it comes first
+    num_samples = raw["sample"].num_rows
     return NuScenesTables(
         scene_token=texts("scene", "token"),
         scene_name=texts("scene", "name"),
         scene_description=texts("scene", "description"),
-        scene_location=[location[i] if i >= 0 else "" for i in scene_log],
-        sample_token=raw["sample"]["token"].combine_chunks(),
-        sample_timestamp=raw["sample"]["timestamp"].to_numpy(),
-        sample_scene=key("sample", "scene_token", "scene"),
-        sample_prev=key("sample", "prev", "sample"),
+        scene_location=[location[i] if i >= 0 else "" for i in numbers("scene", "log_token")],
+        sample_token=tokens("sample"),
+        sample_timestamp=numbers("sample", "timestamp"),
+        sample_scene=numbers("sample", "scene_token"),
+        sample_prev=numbers("sample", "prev"),
         channels=channels,
         cal_token=texts("calibrated_sensor", "token"),
-        cal_channel=sensor,
+        cal_channel=numbers("calibrated_sensor", "sensor_token"),
         cal_rotation=cal_rotation,
         cal_translation=vectors("calibrated_sensor", "translation", 3),
         cal_norm=cal_norm,
         cal_intrinsic=raw["calibrated_sensor"]["camera_intrinsic"].to_pylist(),
-        pose_token=raw["ego_pose"]["token"].combine_chunks(),
         pose_quaternion=vectors("ego_pose", "rotation", 4),
         pose_translation=vectors("ego_pose", "translation", 3),
-        data_token=raw["sample_data"]["token"].combine_chunks(),
-        data_filename=raw["sample_data"]["filename"].combine_chunks(),
-        data_sample=data_sample,
-        data_pose=key("sample_data", "ego_pose_token", "ego_pose"),
-        data_cal=data_cal,
-        data_prev=key("sample_data", "prev", "sample_data"),
-        data_timestamp=raw["sample_data"]["timestamp"].to_numpy(),
+        pose_token=tokens("ego_pose"),
+        data_token=tokens("sample_data"),
+        data_filename=tokens("sample_data", "filename"),
+        data_sample=numbers("sample_data", "sample_token"),
+        data_pose=numbers("sample_data", "ego_pose_token"),
+        data_cal=numbers("sample_data", "calibrated_sensor_token"),
+        data_prev=numbers("sample_data", "prev"),
+        data_timestamp=numbers("sample_data", "timestamp"),
         data_hw=np.stack(size, axis=1).astype(np.int32),
-        key_row=_key_rows(folder, raw, is_key, data_sample, data_cal, sensor, len(channels)),
-        ann_token=raw["sample_annotation"]["token"].combine_chunks(),
-        ann_instance_token=raw["sample_annotation"]["instance_token"].combine_chunks(),
+        key_row=key_row,
         ann_order=order,
-        ann_start=np.searchsorted(ann_sample[order], np.arange(samples + 1)),
+        ann_start=np.searchsorted(ann_sample[order], np.arange(num_samples + 1)),
         ann_sample=ann_sample,
-        ann_instance=key("sample_annotation", "instance_token", "instance"),
-        ann_visibility=key("sample_annotation", "visibility_token", "visibility"),
-        ann_attribute=_first_attribute(raw),
-        ann_prev=key("sample_annotation", "prev", "sample_annotation"),
-        ann_next=key("sample_annotation", "next", "sample_annotation"),
+        ann_instance=numbers("sample_annotation", "instance_token"),
+        ann_visibility=numbers("sample_annotation", "visibility_token"),
+        ann_attribute=numbers("sample_annotation", "attribute_tokens"),
+        ann_prev=numbers("sample_annotation", "prev"),
+        ann_next=numbers("sample_annotation", "next"),
         ann_translation=vectors("sample_annotation", "translation", 3),
         ann_size=vectors("sample_annotation", "size", 3),
         ann_quaternion=vectors("sample_annotation", "rotation", 4),
-        ann_points=np.stack([raw["sample_annotation"][f"num_{k}_pts"].to_numpy() for k in ("lidar", "radar")], axis=1),
-        instance_category=key("instance", "category_token", "category"),
+        ann_token=tokens("sample_annotation"),
+        ann_instance_token=tokens("sample_annotation", "instance"),
+        ann_points=np.stack([numbers("sample_annotation", f"num_{k}_pts") for k in ("lidar", "radar")], axis=1),
+        instance_category=numbers("instance", "category_token"),
         category_name=texts("category", "name"),
         attribute_name=texts("attribute", "name"),
     )
 
 
-def _first_attribute(raw: dict[str, pa.Table]) -> I32:
-    """Row of the first attribute token, -1 for none: the data set gives at most one."""
-    lists = raw["sample_annotation"]["attribute_tokens"]
-    first = pc.if_else(pc.greater(pc.fill_null(pc.list_value_length(lists), 0), 0), lists, pa.scalar([""], lists.type))
-    out: I32 = key_index(pc.list_element(first, 0), raw["attribute"]["token"])
-    return out
+def _first(lists: pa.ChunkedArray) -> pa.ChunkedArray:
+    """First entry of every list, '' of an empty or missing one: the data set gives at most one attribute."""
+    filled = pc.if_else(pc.greater(pc.fill_null(pc.list_value_length(lists), 0), 0), lists, pa.scalar([""], lists.type))
+    return pc.list_element(filled, 0)
 
 
-def _key_rows(
-    folder: Path, raw: dict[str, pa.Table], is_key: NDArray[Any], sample: I32, cal: I32, sensor: I32, num_channels: int
-) -> I32:
+def _key_rows(folder: Path, raw: dict[str, pa.Table], num_channels: int) -> I32:
     """(samples, channels) sample_data row of each keyframe. F24: two of them for one place."""
+    data = raw["sample_data"]
+    is_key, sample, cal = (np.asarray(data[c].to_numpy()) for c in ("is_key_frame", "sample_token", "calibrated_sensor_token"))
+    sensor = np.asarray(raw["calibrated_sensor"]["sensor_token"].to_numpy())
     rows = np.flatnonzero(np.asarray(is_key, dtype=bool) & (sample >= 0) & (cal >= 0))
     channel = sensor[cal[rows]]
     rows, channel = rows[channel >= 0], channel[channel >= 0]
