@@ -44,31 +44,35 @@ class PillarEncoder(nn.Module):
         grid = self.grid
         with torch.autocast(lidar.xyz_m.device.type, enabled=False):
             num = batch * grid.ny * grid.nx
-            features, cell = self._features(lidar, num)
+            # In evaluation shapes stay static: points outside fall into one more pillar. The norm must not see them.
+            features, cell = self._features(lidar, num, select=self.training or self.config.points_per_pillar > 0)
             if self.config.points_per_pillar:
                 features, cell = self._first_points(features, cell)
             x = torch.relu(self.norm(self.linear(features)))
-            canvas = pillar_max(x, cell, num)
+            canvas = pillar_max(x, cell, num + 1)[:-1]
             if self.config.points_per_pillar:
                 canvas = self._with_padding(canvas, cell, num)
         return canvas.view(batch, grid.ny, grid.nx, -1).permute(0, 3, 1, 2).contiguous()
 
-    def _features(self, lidar: PointBatch, num: int) -> tuple[Tensor, Tensor]:
+    def _features(self, lidar: PointBatch, num: int, *, select: bool = True) -> tuple[Tensor, Tensor]:
+        """Point features and their pillar; points outside are left out (select) or get pillar ``num``."""
         c, grid = self.config, self.grid
-        xyz = lidar.xyz_m.float()
+        xyz, age = lidar.xyz_m.float(), lidar.age_s.float()
         row, column, inside = cell_index(xyz[:, :2], grid)
         inside = inside & (xyz[:, 2] >= c.z_range_m[0]) & (xyz[:, 2] < c.z_range_m[1])
         if c.near_removed_m:
             x, y, _ = c.mount_m
             sensor = xyz.new_tensor([x, y] if c.convention == "bev" else [-y, x])
-            inside = inside & ~((lidar.age_s > 0) & ((xyz[:, :2] - sensor).abs() < c.near_removed_m).all(-1))
-        xyz, row, column, sample = xyz[inside], row[inside], column[inside], lidar.batch_index[inside]
-        intensity = torch.nan_to_num(lidar.column("intensity")[inside].float()) * c.intensity_scale
-        values = torch.cat([xyz, intensity[:, None], lidar.age_s[inside].float()[:, None]], dim=1)
-        cell = (sample * grid.ny + row) * grid.nx + column
-        mean = pillar_mean(xyz, cell, num)[cell]
+            inside = inside & ~((age > 0) & ((xyz[:, :2] - sensor).abs() < c.near_removed_m).all(-1))
+        intensity = torch.nan_to_num(lidar.column("intensity").float()) * c.intensity_scale
+        values = torch.cat([torch.nan_to_num(xyz, 0, 0, 0), intensity[:, None], age[:, None]], dim=1)
+        cell = torch.where(inside, (lidar.batch_index * grid.ny + row) * grid.nx + column, num)
+        if select:
+            values, cell, row, column = values[inside], cell[inside], row[inside], column[inside]
+        xyz = values[:, :3]
+        mean = pillar_mean(xyz, cell, num + 1)[cell]
         centre = (torch.stack([column, row], dim=-1) + 0.5) * grid.cell_m + xyz.new_tensor([grid.x_min_m, grid.y_min_m])
-        middle = xyz.new_full((len(xyz), 1), sum(c.z_range_m) / 2)
+        middle = torch.full_like(xyz[:, :1], sum(c.z_range_m) / 2)
         to_centre = (xyz - torch.cat([centre, middle], dim=1))[:, : c.pillar_centre_values]
         return torch.cat([values, xyz - mean, to_centre], dim=1), cell
 

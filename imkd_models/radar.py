@@ -56,23 +56,23 @@ class PillarNet(nn.Module):
 
 
 def at_key_time(points: PointBatch, slot: int) -> dict[str, Tensor]:
-    """Finite points of one history slot, moved by velocity times age: xyz (N, 3), velocity (N, 2), rcs, age, index."""
-    chosen = (points.time_index == slot) & points.xyz_m.isfinite().all(-1)
-    xyz, age = points.xyz_m[chosen].float(), points.age_s[chosen].float()
-    velocity = xyz.new_zeros(len(xyz), 2)
+    """All points, moved by velocity times age: xyz (N, 3), velocity (N, 2), rcs, age, sample, features, and ``use``: finite
+    and of this history slot. Rows that are not used hold finite numbers, so that they may be masked later."""
+    xyz, age = torch.nan_to_num(points.xyz_m.float(), 0, 0, 0), points.age_s.float()
+    velocity = torch.zeros_like(xyz[:, :2])
     if points.velocity_mps is not None:
-        velocity = torch.nan_to_num(points.velocity_mps[chosen].float())
-    moved = torch.cat([xyz[:, :2] + velocity * age[:, None], xyz[:, 2:]], dim=1)
+        velocity = torch.nan_to_num(points.velocity_mps.float(), 0, 0, 0)
     rcs = torch.zeros_like(age)
     if "rcs_dbsm" in points.feature_names:
-        rcs = torch.nan_to_num(points.column("rcs_dbsm")[chosen].float())
+        rcs = torch.nan_to_num(points.column("rcs_dbsm").float(), 0, 0, 0)
     return {
-        "xyz": moved,
+        "xyz": torch.cat([xyz[:, :2] + velocity * age[:, None], xyz[:, 2:]], dim=1),
         "velocity": velocity,
         "rcs": rcs,
         "age": age,
-        "sample": points.batch_index[chosen],
-        "features": points.features_NF[chosen],
+        "sample": points.batch_index,
+        "features": points.features_NF,
+        "use": (points.time_index == slot) & points.xyz_m.isfinite().all(-1),
     }
 
 
@@ -121,81 +121,93 @@ class PerspectiveRadarEncoder(nn.Module):
     def _canvas(self, radar: PointBatch, slot: int, image33: Tensor, pose44: Tensor, augment44: Tensor) -> Tensor:
         """(B*V*rows*columns, C) pillar features, zero where there is no return; float32."""
         with torch.autocast(pose44.device.type, enabled=False):
-            features, plane_cell, view, raw = self._points(radar, slot, image33, pose44.float(), augment44.float())
             rows, columns = self._plane()
             num = pose44.shape[0] * pose44.shape[1] * rows * columns
+            seen, values = self._rows(radar, slot, image33, pose44.float(), augment44.float())
+            if not self.training and not self.config.parity & {"radar_caps:crn", "radar_empty:dummy"}:
+                # Static shapes, for compilation and CUDA graphs: what no view sees falls into one more pillar.
+                features, plane_cell, view = self._features(**values)
+                cell = torch.where(seen, view * rows * columns + plane_cell, num)
+                return self.pillars(features, cell, num + 1)[:-1]
+            features, plane_cell, view = self._seen_points(seen, values, pose44.shape[0] * pose44.shape[1])
             cell = view * rows * columns + plane_cell
             if "radar_caps:crn" in self.config.parity:
-                return self._capped(features, cell, view, raw, num)
+                return self._capped(features, cell, num)
             return self.pillars(features, cell, num)
 
-    def _points(
+    def _rows(
         self, radar: PointBatch, slot: int, image33: Tensor, pose44: Tensor, augment44: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows seen by a view: features (P, 8), cell on its plane, view of the batch (P,), raw (u, depth)."""
-        c, parity = self.config, self.config.parity
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Every point in every view, flat (N * V,): seen by it or not, and u, depth, rcs, speed, along, age, view."""
+        c, parity, views = self.config, self.config.parity, pose44.shape[1]
         points = at_key_time(radar, slot)
-        keep = torch.ones_like(points["age"], dtype=torch.bool)
+        use, sample = points["use"], points["sample"]
         if self.training and c.radar_drop:
-            keep = torch.rand_like(points["age"]) >= c.radar_drop
-        sample = points["sample"]
+            use = use & (torch.rand_like(points["age"]) >= c.radar_drop)
         camera44 = inverse44(pose44)[sample]  # (N, V, 4, 4)
         xyz = torch.einsum("nvij,nj->nvi", camera44[..., :3, :3], points["xyz"]) + camera44[..., :3, 3]
         uvw = torch.einsum("nvij,nvj->nvi", image33.float()[sample], xyz)
         depth = xyz[..., 2]
         u, v = (uvw[..., i] / depth.clamp(min=1e-3) for i in (0, 1))
-        height, width = c.image_hw_px
-        edge = 0.0 if "pillar_features:legacy" in parity else -0.5  # pixel centres at integers
+        (height, width), edge = c.image_hw_px, self._edge()
         far = c.depth_min_m + c.depth_bins * c.depth_step_m
-        seen = (depth >= c.depth_min_m) & (depth < far) & (u >= edge) & (u < width + edge) & keep[:, None]
+        seen = (depth >= c.depth_min_m) & (depth < far) & (u >= edge) & (u < width + edge) & use[:, None]
         if "radar_cull:image_rows" in parity:
             seen = seen & (v >= 0) & (v < height)
-        point, view = seen.nonzero(as_tuple=True)
-        direction = camera44[:, :, 2, :2]  # z axis of the camera in bev: along the viewing direction
-        u, depth = u[point, view], depth[point, view]
-        speed2 = points["velocity"][point]
-        along = (direction[point, view] * speed2).sum(-1)
-        scale = torch.linalg.det(augment44[:, :3, :3]).abs().pow(1 / 3)[sample[point]]
-        speed = speed2.norm(dim=-1) / scale
-        rcs = (points["rcs"][point] - RCS_MEAN_DBSM) / RCS_STD_DBSM
-        batch_view = sample[point] * pose44.shape[1] + view
-        if "radar_empty:dummy" in parity:
-            u, depth, rcs, speed, along, batch_view, point = self._with_dummies(
-                u, depth, rcs, speed, along, batch_view, point, pose44.shape[0] * pose44.shape[1]
-            )
-        age = torch.nn.functional.pad(points["age"], (0, 1))[point]
-        return self._features(u, depth, rcs, speed, along, age, edge, batch_view)
+        # The z axis of the camera in bev is the viewing direction; speeds are those before augmentation.
+        along = torch.einsum("nvi,ni->nv", camera44[:, :, 2, :2], points["velocity"])
+        scale = torch.linalg.det(augment44[:, :3, :3]).abs().pow(1 / 3)[sample]
+        per_point = {
+            "rcs": (points["rcs"] - RCS_MEAN_DBSM) / RCS_STD_DBSM,
+            "speed": points["velocity"].norm(dim=-1) / scale,
+            "age": points["age"],
+        }
+        values = {"u": u, "depth": depth, "along": along}
+        values |= {name: value[:, None].expand(-1, views) for name, value in per_point.items()}
+        values["view"] = sample[:, None] * views + torch.arange(views, device=sample.device)
+        return seen.flatten(), {name: value.flatten() for name, value in values.items()}
+
+    def _seen_points(self, seen: Tensor, values: dict[str, Tensor], views: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Only the rows that a view sees, with CRN's invented returns where asked for."""
+        values = {name: value[seen] for name, value in values.items()}
+        if "radar_empty:dummy" in self.config.parity:
+            values = self._with_dummies(values, views)
+        return self._features(**values)
+
+    def _edge(self) -> float:
+        """Left edge of the first column in pixels: pixel centres lie at integers, but not in CRN."""
+        return 0.0 if "pillar_features:legacy" in self.config.parity else -0.5
 
     def _features(
-        self, u: Tensor, depth: Tensor, rcs: Tensor, speed: Tensor, along: Tensor, age: Tensor, edge: float, view: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        c = self.config
+        self, u: Tensor, depth: Tensor, rcs: Tensor, speed: Tensor, along: Tensor, age: Tensor, view: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Point features (P, 8), cell on the view's plane (P,), view (P,)."""
+        c, edge = self.config, self._edge()
         step_u, step_d = c.stride_px / 2, c.depth_step_m / 2
         rows, columns = self._plane()
-        column = torch.floor((u - edge) / step_u).long().clamp(0, columns - 1)
-        row = torch.floor((depth - c.depth_min_m) / step_d).long().clamp(0, rows - 1)
+        column = torch.floor((u - edge) / step_u).clamp(0, columns - 1)
+        row = torch.floor((depth - c.depth_min_m) / step_d).clamp(0, rows - 1)
         du = u - edge - (column + 0.5) * step_u
         dd = depth - c.depth_min_m - (row + 0.5) * step_d
+        speed = (speed - SPEED_MEAN_MPS) / SPEED_STD_MPS
         if "pillar_features:legacy" in c.parity:
             zero = torch.zeros_like(u)  # the dummy axis: a constant 1 minus its centre 1
-            listed = [du, dd, zero, rcs, (speed - SPEED_MEAN_MPS) / SPEED_STD_MPS, du, dd, zero]
+            listed = [du, dd, zero, rcs, speed, du, dd, zero]
         else:
-            speed_n, along_n = (speed - SPEED_MEAN_MPS) / SPEED_STD_MPS, along / 10
-            listed = [u / c.image_hw_px[1], depth / 50, rcs, speed_n, along_n, age, du / step_u, dd / step_d]
-        return torch.stack(listed, dim=1), row * columns + column, view, torch.stack([u, depth], dim=1)
+            listed = [u / c.image_hw_px[1], depth / 50, rcs, speed, along / 10, age, du / step_u, dd / step_d]
+        return torch.stack(listed, dim=1), (row * columns + column).long(), view
 
     @staticmethod
-    def _with_dummies(u, depth, rcs, speed, along, view, point, views):
-        """CRN invents one return at u 0.1, depth 57 in every image without any."""
-        present = torch.zeros(views, dtype=torch.bool, device=u.device).index_fill(0, view, True)
+    def _with_dummies(values: dict[str, Tensor], views: int) -> dict[str, Tensor]:
+        """CRN invents one return at u 0.1 px, depth 57 m, rcs and speed at their means, in every image without any."""
+        view = values["view"]
+        present = torch.zeros(views, dtype=torch.bool, device=view.device).index_fill(0, view, True)
         empty = (~present).nonzero()[:, 0]
-        ones = torch.ones(len(empty), device=u.device)
-        mean_speed = ones * (0 * SPEED_STD_MPS + SPEED_MEAN_MPS)  # normalised speed 0
-        added = (ones * 0.1, ones * 57.0, ones * 0, mean_speed, ones * 0)
-        joined = [torch.cat(pair) for pair in zip((u, depth, rcs, speed, along), added, strict=True)]
-        return *joined, torch.cat([view, empty]), torch.cat([point, torch.full_like(empty, -1)])
+        invented = {"u": 0.1, "depth": 57.0, "rcs": 0.0, "speed": SPEED_MEAN_MPS, "along": 0.0, "age": 0.0}
+        joined = {k: torch.cat([values[k], values[k].new_full((len(empty),), x)]) for k, x in invented.items()}
+        return {**joined, "view": torch.cat([view, empty])}
 
-    def _capped(self, features: Tensor, cell: Tensor, view: Tensor, raw: Tensor, num: int) -> Tensor:
+    def _capped(self, features: Tensor, cell: Tensor, num: int) -> Tensor:
         """CRN's hard voxelisation: the first 8 points of the first 768 (training) or 1024 pillars of each view."""
         per_pillar, pillars = 8, 768 if self.training else 1024
         ids, inverse = torch.unique(cell, return_inverse=True)
@@ -252,8 +264,11 @@ class BevRadarEncoder(nn.Module):
     def _canvas(self, radar: PointBatch, slot: int, batch: int, grid: BevGrid) -> Tensor:
         points = at_key_time(radar, slot)
         row, column, inside = cell_index(points["xyz"][:, :2], grid)
-        points = {key: value[inside] for key, value in points.items()}
-        row, column, xyz = row[inside], column[inside], points["xyz"]
+        inside = inside & points["use"]
+        if self.training:  # the norms must not see what is left out; in evaluation shapes stay static
+            points = {key: value[inside] for key, value in points.items()}
+            row, column, inside = row[inside], column[inside], inside[inside]
+        xyz = points["xyz"]
         low = xyz.new_tensor([grid.x_min_m, grid.y_min_m, self.config.z_range_m[0]])
         high = xyz.new_tensor([grid.x_max_m, grid.y_max_m, self.config.z_range_m[1]])
         offset = (xyz[:, :2] - low[:2]) / grid.cell_m - torch.stack([column, row], dim=-1) - 0.5
@@ -261,8 +276,9 @@ class BevRadarEncoder(nn.Module):
         parts = [(xyz - low) / (high - low), rcs[:, None], points["velocity"] / 10, points["age"][:, None], offset]
         if self.config.radar_states:
             parts.append(_states(points["features"], radar.feature_names))
-        cell = (points["sample"] * grid.ny + row) * grid.nx + column
-        return self.pillars(torch.cat(parts, dim=1), cell, batch * grid.ny * grid.nx)
+        num = batch * grid.ny * grid.nx
+        cell = torch.where(inside, (points["sample"] * grid.ny + row) * grid.nx + column, num)
+        return self.pillars(torch.cat(parts, dim=1), cell, num + 1)[:-1]
 
 
 def _states(features: Tensor, names: tuple[str, ...]) -> Tensor:
@@ -277,7 +293,7 @@ def _states(features: Tensor, names: tuple[str, ...]) -> Tensor:
         )
     parts = []
     for name, count in STATE_COLUMNS:
-        value = features[:, names.index(name)].long().clamp(0, count - 1)
+        value = torch.nan_to_num(features[:, names.index(name)]).long().clamp(0, count - 1)
         parts.append(nn.functional.one_hot(value, count).float())
     bits = torch.arange(PDH0_BITS, device=features.device)
     parts.append((features[:, names.index("pdh0"), None] > bits).float())

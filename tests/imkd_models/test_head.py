@@ -273,7 +273,8 @@ def test_attributes_follow_speed():
 @pytest.mark.parametrize("branch", [0, 5])
 def test_both_head_forms_start_with_the_prior(branch):
     head = CentreHead(6, shared_channels=8, branch_channels=branch).eval()
-    maps = head(torch.zeros(1, 6, *ODD_GRID.shape))
+    with torch.no_grad():
+        maps = head(torch.zeros(1, 6, *ODD_GRID.shape))
     assert [m.classes for m in maps] == list(CLASS_GROUPS)
     for m in maps:
         assert m.heatmap_logits_BKYX.shape == (1, len(m.classes), *ODD_GRID.shape)

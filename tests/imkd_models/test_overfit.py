@@ -22,6 +22,8 @@ FAMILIES = {
     "label": lambda: _label(),
 }
 
+STEPS = {"radar only": 90, "crkd student": 80}  # no perspective radar: its pillars learn more slowly
+
 
 def _label():
     teacher = LidarDetector(small_lidar())
@@ -45,7 +47,7 @@ def _fitted(model, steps):
 def test_one_batch_is_learned_by_heart(name):
     torch.manual_seed(0)
     model, batch = FAMILIES[name](), make_batch(batch=1, boxes=6)
-    _fitted(model, 45)
+    _fitted(model, STEPS.get(name, 45))
     model.eval()
     with torch.no_grad():
         found = decode(model(batch).head, model.grid, DecodeOptions(score_min=0.2))[0]

@@ -23,6 +23,16 @@ def encode(encoder, batch, slot=0):
     )
 
 
+def seen_points(encoder, batch):
+    """Features, plane cell, view and (u, depth) of what the views see."""
+    matrices = (batch.image_from_camera_BTV33[:, 0], batch.bev_from_camera_BTV44[:, 0], batch.bev_from_ego_B44)
+    seen, values = encoder._rows(batch.radar, 0, *matrices)
+    raw = torch.stack([values["u"], values["depth"]], dim=1)[seen]
+    features, cell, view = encoder._seen_points(seen, values, 12)
+    invented = torch.tensor([[0.1, 57.0]]).expand(len(view) - len(raw), 2)
+    return features, cell, view, torch.cat([raw, invented])
+
+
 def keep(points, mask):
     values = {f.name: getattr(points, f.name) for f in dataclasses.fields(points)}
     return type(points)(**{k: v[mask] if isinstance(v, torch.Tensor) else v for k, v in values.items()})
@@ -41,9 +51,7 @@ def single_point(batch, xyz, velocity=(0.0, 0.0), age=0.0):
 def test_a_return_appears_at_its_depth_and_column_in_the_camera_that_sees_it():
     config, batch = small_student(), single_point(make_batch(), (10.8, 2.0, 0.5))
     encoder = PerspectiveRadarEncoder(config).eval()
-    _, cell, view, raw = encoder._points(
-        batch.radar, 0, batch.image_from_camera_BTV33[:, 0], batch.bev_from_camera_BTV44[:, 0], batch.bev_from_ego_B44
-    )
+    _, cell, view, raw = seen_points(encoder, batch)
     assert view.tolist() == [0]  # the front camera of sample 0
     depth, focal = 10.0, float(batch.image_from_camera_BTV33[0, 0, 0, 0, 0])
     u = 47.5 - focal * 2.0 / depth
@@ -54,7 +62,7 @@ def test_a_return_appears_at_its_depth_and_column_in_the_camera_that_sees_it():
 
 def test_past_returns_are_moved_by_their_velocity():
     moved = at_key_time(single_point(make_batch(), (5.0, 0.0, 0.5), (2.0, -1.0), 0.4).radar, 0)
-    assert moved["xyz"][0].tolist() == pytest.approx([5.8, -0.4, 0.5])
+    assert moved["use"].tolist() == [True] and moved["xyz"][0].tolist() == pytest.approx([5.8, -0.4, 0.5])
 
 
 def test_perspective_radar_does_not_feel_the_augmentation():
@@ -97,27 +105,22 @@ def test_none_or_one_return_is_finite(training, count):
 def test_invented_return_only_where_a_view_is_empty():
     batch = single_point(make_batch(), (10.8, 2.0, 0.5))
     encoder = PerspectiveRadarEncoder(small_student(parity={"radar_empty:dummy"}, depth_step_m=5.0)).eval()
-    features, _, view, raw = encoder._points(
-        batch.radar, 0, batch.image_from_camera_BTV33[:, 0], batch.bev_from_camera_BTV44[:, 0], batch.bev_from_ego_B44
-    )
+    features, _, view, raw = seen_points(encoder, batch)
     assert sorted(view.tolist()) == list(range(12)) and len(features) == 12
     assert raw[view != 0].unique(dim=0).tolist() == [[pytest.approx(0.1), 57.0]]
 
 
 def test_culling_by_image_rows_is_an_option():
     batch = single_point(make_batch(), (10.8, 0.0, 30.0))  # far above every image
-    matrices = (batch.image_from_camera_BTV33[:, 0], batch.bev_from_camera_BTV44[:, 0], batch.bev_from_ego_B44)
-    clean = PerspectiveRadarEncoder(small_student()).eval()._points(batch.radar, 0, *matrices)
-    crn = PerspectiveRadarEncoder(small_student(parity={"radar_cull:image_rows"})).eval()._points(batch.radar, 0, *matrices)
+    clean = seen_points(PerspectiveRadarEncoder(small_student()), batch)
+    crn = seen_points(PerspectiveRadarEncoder(small_student(parity={"radar_cull:image_rows"})), batch)
     assert len(clean[0]) == 1 and len(crn[0]) == 0
 
 
 def test_legacy_features_repeat_the_offsets():
     batch = make_batch()
     encoder = PerspectiveRadarEncoder(small_student(parity={"pillar_features:legacy"})).eval()
-    features, *_ = encoder._points(
-        batch.radar, 0, batch.image_from_camera_BTV33[:, 0], batch.bev_from_camera_BTV44[:, 0], batch.bev_from_ego_B44
-    )
+    features, *_ = seen_points(encoder, batch)
     assert torch.equal(features[:, :2], features[:, 5:7]) and (features[:, [2, 7]] == 0).all()
     assert features[:, 0].abs().max() <= 4 and features[:, 1].abs().max() <= 0.375
 
@@ -126,12 +129,11 @@ def test_capped_pillars_equal_a_slow_voxeliser():
     batch, config = make_batch(boxes=30), small_student(parity={"radar_caps:crn"})
     torch.manual_seed(0)
     encoder = PerspectiveRadarEncoder(config).eval()
-    matrices = (batch.image_from_camera_BTV33[:, 0], batch.bev_from_camera_BTV44[:, 0], batch.bev_from_ego_B44)
-    features, plane_cell, view, _ = encoder._points(batch.radar, 0, *matrices)
+    features, plane_cell, view, _ = seen_points(encoder, batch)
     features, plane_cell, view = (x.repeat_interleave(5, 0) for x in (features, plane_cell, view))  # overfull pillars
     features = features + 0.01 * torch.arange(len(features))[:, None]
     cell = view * 24 * 12 + plane_cell
-    got = encoder._capped(features, cell, view, features[:, :2], 12 * 24 * 12)
+    got = encoder._capped(features, cell, 12 * 24 * 12)
     slots: dict[int, list] = {}
     for feature, c in zip(features, cell.tolist(), strict=True):
         slots.setdefault(c, []).append(feature)
@@ -142,6 +144,24 @@ def test_capped_pillars_equal_a_slow_voxeliser():
         expected[c] = encoder.pillars.padded(table)[0]
     assert max(map(len, slots.values())) > 8
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("encoder", [PerspectiveRadarEncoder, BevRadarEncoder])
+def test_masked_evaluation_equals_selection(encoder, monkeypatch):
+    """Evaluation keeps static shapes by masking; training selects. Same pillars, whatever lies in unused rows."""
+    torch.manual_seed(0)
+    batch, encoder = make_batch(slots=2), encoder(small_student()).eval()
+    odd = batch.radar.xyz_m.clone()
+    odd[3], odd[5] = torch.nan, torch.inf
+    batch = dataclasses.replace(batch, radar=dataclasses.replace(batch.radar, xyz_m=odd))
+    perspective = isinstance(encoder, PerspectiveRadarEncoder)
+    run = (lambda: encode(encoder, batch)[0]) if perspective else (lambda: encoder(batch.radar, 0, 2))
+    masked = run()
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
+            module.momentum = 0.0
+    monkeypatch.setattr(encoder, "training", True)  # selection, with the norms still in evaluation
+    torch.testing.assert_close(run(), masked)
 
 
 def test_rank_within_a_group():

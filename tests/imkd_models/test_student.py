@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 import torch
-from batches import ODD_GRID, make_batch, small_fusion, small_student
+from batches import ODD_GRID, make_batch, small_fusion, small_lidar, small_student
 from test_radar import keep
 
 from imkd_data.errors import MismatchError, MissingFeatureError, RecipeError
 from imkd_data.geometry import BevGrid
 from imkd_models.blocks import LayerNorm2d
-from imkd_models.detector import FusionDetector, StudentDetector
+from imkd_models.detector import FusionDetector, LidarDetector, StudentDetector
 from imkd_models.fusion import FusionAttention, FusionLayer
 from imkd_models.presets import crn_r50_config
 
@@ -285,13 +285,14 @@ def test_channels_last_gives_the_same():
     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_compiled_forward_equals_eager():
-    model, batch = build(fuser="intensity").eval(), make_batch()
-    with torch.no_grad():
-        eager = model(batch)
-        compiled = torch.compile(model, backend="eager")(batch)
-    for name, value in eager.features.items():
-        torch.testing.assert_close(value, compiled.features[name], atol=1e-5, rtol=1e-5)
+def test_compiled_forward_is_one_graph_and_equals_eager():
+    batch = make_batch()
+    for model in (build(fuser="intensity").eval(), LidarDetector(small_lidar()).eval()):
+        with torch.no_grad():
+            eager = model(batch)
+            compiled = torch.compile(model, backend="eager", fullgraph=True)(batch)
+        for name, value in eager.features.items():
+            torch.testing.assert_close(value, compiled.features[name], atol=1e-5, rtol=1e-5)
 
 
 def test_lidar_camera_teacher_shapes_gradients_and_names():
