@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,9 +130,7 @@ def _devkit_metrics(
     nusc: Any, results: Path, tokens: Sequence[str], config: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
     """The devkit's loading, filters and metric, unchanged, on exactly ``tokens``: summary, curves, truth per class."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # the devkit imports pyplot
+    os.environ["MPLBACKEND"] = "Agg"  # the devkit imports pyplot
     from nuscenes.eval.common.config import config_factory
     from nuscenes.eval.common.loaders import load_gt_of_sample_tokens, load_prediction_of_sample_tokens
     from nuscenes.eval.detection.data_classes import DetectionBox, DetectionConfig

@@ -122,7 +122,8 @@ def box_corners(boxes: Boxes) -> F64:
     local = _UNIT[None] * boxes.size_lwh_m[:, None, :]
     x = c[:, None] * local[..., 0] - s[:, None] * local[..., 1]
     y = s[:, None] * local[..., 0] + c[:, None] * local[..., 1]
-    return np.stack([x, y, local[..., 2]], axis=-1) + boxes.centre_m[:, None, :]
+    corners: F64 = np.stack([x, y, local[..., 2]], axis=-1) + boxes.centre_m[:, None, :]
+    return corners
 
 
 def box_lines(boxes: Boxes, camera: Camera, max_depth_m: float = 80.0) -> list[tuple[int, F64]]:
