@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from cli.model_tools import COMMANDS
 from cli.show import COMMANDS as SHOW
 
 __all__ = ["group"]
@@ -54,7 +55,7 @@ def group() -> None:
 # ---------------------------------------------------------------------------------------------------------------- train
 
 
-def _teachers(items: tuple[str, ...]) -> dict[str, Path]:
+def teachers_from(items: tuple[str, ...]) -> dict[str, Path]:
     from imkd_data.errors import UsageError
 
     out: dict[str, Path] = {}
@@ -142,7 +143,7 @@ def train(
     from imkd_data.errors import UsageError
 
     resolved = resolve_run(run, config=config, method=method, settings=settings, max_steps=max_steps, global_batch=global_batch)
-    teachers = _teachers(teacher)
+    teachers = teachers_from(teacher)
     if plan:
         from pipelines.forecast import plan_run, plan_text
 
@@ -289,4 +290,8 @@ def methods(as_json: bool) -> None:
 
 
 for _command in SHOW:
+    group.add_command(_command)
+
+
+for _command in COMMANDS:
     group.add_command(_command)
