@@ -153,31 +153,29 @@ def frustum(
         pixel = torch.stack([uu, vv, torch.ones_like(uu)], dim=-1)
         bev_from_image = pose[..., :3, :3] @ inverse44(image_from_camera_BV33)
         ray = torch.einsum("bvij,hwj->bvhwi", bev_from_image, pixel)  # per metre of depth
-        translation = pose[..., :3, 3]
-        z = ray[:, :, None, ..., 2] * d[:, None, None] + translation[:, :, 2, None, None, None]
-        valid = (z > config.z_range_m[0]) & (z < config.z_range_m[1])
-        xyz = ray[:, :, None] * d[:, None, None, None] + translation[:, :, None, None, None]  # (B, V, D, H, W, 3)
-        if config.geometry_rows == "top":
-            place = xyz[:, :, :, 0]
-        else:
-            share = valid[..., None].float()
-            place = (xyz * share).sum(3) / share.sum(3).clamp(min=1)
+        xyz = ray[:, :, None] * d[:, None, None, None] + pose[..., :3, 3][:, :, None, None, None]  # (B, V, D, H, W, 3)
         if "geometry:top_row_half" in config.parity:
-            place = _half_before_augmentation(place, bev_from_ego_B44.float())
+            xyz = _half_before_augmentation(xyz, bev_from_ego_B44.float())
+        valid = (xyz[..., 2] > config.z_range_m[0]) & (xyz[..., 2] < config.z_range_m[1])
+        place, placed = xyz[:, :, :, 0], torch.ones_like(valid[:, :, :, 0])
+        if config.geometry_rows == "mean":
+            share, placed = valid[..., None].float(), valid.any(3)
+            place = (xyz * share).sum(3) / share.sum(3).clamp(min=1)
         row, column, inside = cell_index(place[..., :2], config.grid, truncate="cell_index:trunc" in config.parity)
         sample = torch.arange(len(pose), device=pose.device).view(-1, 1, 1, 1)
         cell = (sample * config.grid.ny + row) * config.grid.nx + column
-        cell = torch.where(inside & valid.any(3), cell, -1)
+        cell = torch.where(inside & placed, cell, -1)
         return Frustum(cell_NDW=cell.flatten(0, 1), valid_NDHW=valid.flatten(0, 1))
 
 
-def _half_before_augmentation(place: Tensor, bev_from_ego: Tensor) -> Tensor:
-    """CRN rounds ego coordinates to 16 bit before it applies the augmentation."""
-    shape = (len(place), *[1] * (place.dim() - 2))
-    back, forth = inverse44(bev_from_ego), bev_from_ego
-    ego = torch.einsum("bij,bvdwj->bvdwi", back[:, :3, :3], place) + back[:, :3, 3].view(*shape, 3)
-    ego = ego.half().float()
-    return torch.einsum("bij,bvdwj->bvdwi", forth[:, :3, :3], ego) + forth[:, :3, 3].view(*shape, 3)
+def _half_before_augmentation(xyz: Tensor, bev_from_ego: Tensor) -> Tensor:
+    """CRN rounds ego coordinates (B, V, D, H, W, 3) to 16 bit before it applies the augmentation."""
+
+    def moved(matrix: Tensor, points: Tensor) -> Tensor:
+        turned = torch.einsum("bij,bvdhwj->bvdhwi", matrix[:, :3, :3], points)
+        return turned + matrix[:, :3, 3].view(-1, 1, 1, 1, 1, 3)
+
+    return moved(bev_from_ego, moved(inverse44(bev_from_ego), xyz).half().float())
 
 
 class ViewTransform(nn.Module):

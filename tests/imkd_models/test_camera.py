@@ -22,6 +22,7 @@ from imkd_models.camera import (
     frustum,
     pool_views,
 )
+from imkd_models.config import MODEL_GRID
 
 
 def cells_of(config, batch, slot=0):
@@ -61,9 +62,10 @@ def test_cells_equal_a_slow_walk_through_every_pixel(rows):
                     valid = (xyz[:, 2] > -5) & (xyz[:, 2] < 3)
                     n = b * 6 + view
                     assert got.valid_NDHW[n, bin_index, :, column].tolist() == valid.tolist()
-                    place = xyz[0] if rows == "top" else xyz[valid].mean(0) if valid.any() else xyz[0]
+                    placed = rows == "top" or valid.any()
+                    place = xyz[0] if rows == "top" or not placed else xyz[valid].mean(0)
                     r, c, inside = ODD_GRID.cells(place[None, :2])
-                    expected = (b * ODD_GRID.ny + r[0]) * ODD_GRID.nx + c[0] if inside[0] and valid.any() else -1
+                    expected = (b * ODD_GRID.ny + r[0]) * ODD_GRID.nx + c[0] if inside[0] and placed else -1
                     assert int(got.cell_NDW[n, bin_index, column]) == expected
 
 
@@ -79,10 +81,11 @@ def test_pixels_and_bins_are_centres_unless_crn_edges_are_asked_for():
 
 def test_half_geometry_moves_cells_a_little_and_only_near_borders():
     batch, _ = augmented(make_batch())
-    right = cells_of(small_student(), batch)
-    half = cells_of(small_student(parity={"geometry:top_row_half"}), batch)
+    far = {"depth_bins": 100, "depth_step_m": 0.5, "grid": MODEL_GRID}
+    right = cells_of(small_student(**far), batch)
+    half = cells_of(small_student(parity={"geometry:top_row_half"}, **far), batch)
     changed = (right.cell_NDW != half.cell_NDW).float().mean()
-    assert 0 <= changed < 0.1 and torch.equal(right.valid_NDHW, half.valid_NDHW)
+    assert 0 < changed < 0.1 and (right.valid_NDHW == half.valid_NDHW).float().mean() > 0.99
 
 
 def test_truncation_pulls_cells_below_the_edge_in():
