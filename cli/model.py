@@ -197,6 +197,8 @@ def train(
 @click.option("--split", help="Splits to score; default val, else all rows of the cache.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--batch-size", default=1, show_default=True, type=click.IntRange(min=1))
+@click.option("--robustness", is_flag=True, help="Score under weather, range, lost sensors and time lag instead.")
+@click.option("--beside", multiple=True, metavar="NAME=CKPT", help="Further networks in the robustness table.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 def evaluate(
     checkpoint: Path,
@@ -207,14 +209,22 @@ def evaluate(
     split: str | None,
     device: str,
     batch_size: int,
+    robustness: bool,
+    beside: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Score a checkpoint by the official nuScenes detection evaluation."""
-    from pipelines.evaluate import evaluate_checkpoint, summary_lines
+    if robustness:
+        from cli.show import print_robustness
+
+        named = {checkpoint.parent.name or "run": checkpoint, **_teachers(beside)}
+        print_robustness(named, cache, out, dataroot, split, device, batch_size)
+        return
+    from pipelines.evaluate import evaluate_checkpoint, json_ready, summary_lines
 
     summary = evaluate_checkpoint(checkpoint, cache, dataroot, out, engine, split, device=device, batch_size=batch_size)
     if as_json:
-        click.echo(json.dumps(summary))
+        out_json(json_ready(summary))
     else:
         for line in summary_lines(summary):
             click.echo(line)

@@ -93,4 +93,21 @@ def view(run: Path, cache: Path, token: str | None, others: tuple[str, ...], out
     click.echo(view_sample(run, cache, out, token=token, others=extra))
 
 
+def print_robustness(
+    checkpoints: dict[str, Path], cache: Path, out: Path, dataroot: Path, split: str | None, device: str, batch_size: int
+) -> None:
+    """`imkd evaluate --robustness`: the table on stdout, progress on stderr."""
+    from imkd_data import open_cache
+    from pipelines.robustness import is_synthetic, robustness, robustness_text
+
+    def tell(run: str, condition: str) -> None:
+        click.echo(f"{run}: {condition}", err=True)
+
+    opened = open_cache(cache)
+    rows = robustness(
+        checkpoints, opened, out, dataroot=dataroot, split=split, device=device, batch_size=batch_size, progress=tell
+    )
+    click.echo(robustness_text(rows, synthetic=is_synthetic(opened)))
+
+
 COMMANDS = (demo, report, view)

@@ -310,6 +310,15 @@ def checkpoint_identity(checkpoint: Path, meta: Mapping[str, Any]) -> dict[str, 
     return {"name": checkpoint.resolve().name} | {k: meta[k] for k in keys if isinstance(meta.get(k), str | int)}
 
 
+def json_ready(value: Any) -> Any:
+    """The same with None for NaN and infinities, which are not JSON."""
+    if isinstance(value, Mapping):
+        return {k: json_ready(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def summary_lines(summary: Mapping[str, Any]) -> list[str]:
     """The lines that `imkd evaluate` prints."""
     names = {"trans_err": "mATE", "scale_err": "mASE", "orient_err": "mAOE", "vel_err": "mAVE", "attr_err": "mAAE"}

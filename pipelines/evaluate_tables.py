@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from imkd_data.readers.nuscenes_tables import SCHEMAS
 from imkd_data.readers.tables import key_index, read_table
 from pipelines.evaluate_fast import EvalTable
 
-__all__ = ["Truth", "iter_array", "iter_results", "read_results", "read_truth"]
+__all__ = ["TableBuilder", "Truth", "iter_array", "iter_results", "read_results", "read_truth"]
 
 F64 = NDArray[np.float64]
 _CHUNK = 8 << 20
@@ -127,13 +127,14 @@ def _yaw(rotation_wxyz: F64) -> F64:
     return np.asarray(yaw_from_rotation(rotation_from_quaternion(rotation_wxyz.reshape(-1, 4))))
 
 
-class _Columns:
+class TableBuilder:
     """Grows lists of numbers by sample and turns them into one EvalTable."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[Any, ...]] = []
 
-    def add(self, sample: int, entries: Sequence[dict[str, Any]]) -> None:
+    def add(self, sample: int, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Submission entries of one sample, in any order of samples."""
         n = len(entries)
         if not n:
             return
@@ -152,6 +153,7 @@ class _Columns:
         )
 
     def table(self, num_samples: int, ego_xy_m: F64) -> EvalTable:
+        """The columns, ordered by sample; ego_xy_m (S, 2) is where the ranges are measured from."""
         parts = sorted(self.parts, key=lambda p: int(p[0][0]))
         shapes: tuple[tuple[tuple[int, ...], Any], ...] = (
             ((0,), np.int64),
@@ -196,7 +198,7 @@ def read_results(
         InputDataError: not a submission, an unknown class or attribute, a NaN, or more than ``max_boxes`` in a sample.
     """
     number = {token: i for i, token in enumerate(tokens)}
-    columns, seen = _Columns(), []
+    columns, seen = TableBuilder(), []
     meta: dict[str, Any] = {}
     for token, entries in iter_results(path, meta):
         seen.append(token)
