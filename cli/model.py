@@ -217,7 +217,7 @@ def evaluate(
     if robustness:
         from cli.show import print_robustness
 
-        named = {checkpoint.parent.name or "run": checkpoint, **_teachers(beside)}
+        named = {checkpoint.parent.name or "run": checkpoint, **teachers_from(beside)}
         print_robustness(named, cache, out, dataroot, split, device, batch_size)
         return
     from pipelines.evaluate import evaluate_checkpoint, json_ready, summary_lines
@@ -299,9 +299,5 @@ def methods(as_json: bool) -> None:
         click.echo(f"{'':<18}{teachers or 'no teacher'}; options: {', '.join(o['name'] for o in method.options.describe())}")
 
 
-for _command in SHOW:
-    group.add_command(_command)
-
-
-for _command in COMMANDS:
+for _command in (*COMMANDS, *SHOW):
     group.add_command(_command)

@@ -1,4 +1,4 @@
-"""``imkd demo``, ``report``, ``import``, ``export``, ``cache-teacher`` and ``bench``."""
+"""``imkd demo``, ``import``, ``export``, ``cache-teacher`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -53,22 +53,6 @@ def demo(out: Path, quick: bool, seed: int, workers: int | None, as_json: bool, 
         }
         click.echo(json.dumps(value))
     click.echo(f"{result.seconds:.0f} s; open {result.report}", err=True)
-
-
-@click.command()
-@click.argument("runs", nargs=-1, required=True, metavar="[NAME=]RUN...")
-@click.option("--out", required=True, type=PATH, help="The HTML file.")
-@click.option("--cache", type=PATH, help="Gives pictures of samples.")
-@click.option("--title", default="imkd report", show_default=True)
-def report(runs: tuple[str, ...], out: Path, cache: Path | None, title: str) -> None:
-    """One self-contained page about runs (folders of training or evaluation): scores, curves, errors, pictures."""
-    from pipelines.report import make_report
-
-    given: list[Path | tuple[str, Path]] = []
-    for item in runs:
-        name, sign, path = item.partition("=")
-        given.append((name, Path(path)) if sign else Path(item))
-    click.echo(make_report(given, out, cache=cache, title=title))
 
 
 @click.command("import")
@@ -181,4 +165,4 @@ def bench_step(
     click.echo(json.dumps(facts) if as_json else step_table(facts))
 
 
-COMMANDS: tuple[click.Command, ...] = (demo, report, import_, export, cache_teacher, bench)
+COMMANDS: tuple[click.Command, ...] = (demo, import_, export, cache_teacher, bench)

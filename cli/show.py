@@ -1,60 +1,15 @@
-"""``imkd demo``, ``report`` and ``view``: see what was made. Heavy imports happen inside commands."""
+"""``imkd report`` and ``view``: see what was made. Heavy imports happen inside commands."""
 
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import click
 
 __all__ = ["COMMANDS"]
 
 PATH = click.Path(path_type=Path)
-BAR = 24
-
-
-class _DemoScreen:
-    """A bar over all stages on a terminal, and one line per finished stage everywhere."""
-
-    def __init__(self) -> None:
-        self.tty, self.last, self.begun = sys.stderr.isatty(), 0.0, time.monotonic()
-
-    def __call__(self, event: Any) -> None:
-        if event.kind == "end":
-            self._line(f"{event.number}/{event.stages} {event.text}", keep=True)
-            return
-        now = time.monotonic()
-        if not self.tty or (now - self.last < 0.2 and event.kind == "step"):
-            return
-        self.last = now
-        filled = round(BAR * min(1.0, event.share))
-        bar = "#" * filled + "." * (BAR - filled)
-        self._line(f"{event.number}/{event.stages} {event.stage:<8} [{bar}] {now - self.begun:5.0f} s  {event.text}"[:118])
-
-    def _line(self, text: str, keep: bool = False) -> None:
-        click.echo(f"\r\x1b[2K{text}" if self.tty else text, err=True, nl=keep or not self.tty)
-
-
-@click.command()
-@click.option(
-    "--out", type=PATH, default=Path("demo"), show_default=True, help="Folder of the demo; an earlier demo is replaced."
-)
-@click.option("--quick", is_flag=True, help="A much smaller one, for continuous integration; its scores mean nothing.")
-@click.option("--seed", default=0, show_default=True, help="World, weights and order of samples follow from it.")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes for the world and threads for the cache.")
-@click.option("--quiet", is_flag=True, help="No progress.")
-def demo(out: Path, quick: bool, seed: int, workers: int | None, quiet: bool) -> None:
-    """The whole line on a synthetic world, in minutes: data, cache, teachers, distilled student, official scores, report."""
-    from pipelines.demo import run_demo
-
-    result = run_demo(out, quick=quick, seed=seed, workers=workers, progress=None if quiet else _DemoScreen())
-    for name, scores in result.scores.items():
-        click.echo(
-            f"{name:<8} NDS {scores['nd_score']:.4f}  mAP {scores['mean_ap']:.4f}  mAP_occurring {scores['mAP_occurring']:.4f}"
-        )
-    click.echo(f"{result.report}  ({result.seconds:.0f} s in all; stages in {out / 'stages.json'})")
 
 
 @click.command()
@@ -110,4 +65,4 @@ def print_robustness(
     click.echo(robustness_text(rows, synthetic=is_synthetic(opened)))
 
 
-COMMANDS = (demo, report, view)
+COMMANDS = (report, view)
