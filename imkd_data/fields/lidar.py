@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from imkd_data.fields.base import CacheField, Stored
 from imkd_data.fields.codec import OnePayload, array_from_part, part_from_array, too_many
+from imkd_data.kernels.quantise import quantise
 from imkd_data.kernels.rasterize import DROPPED, add_sweep, pool_view
 from imkd_data.recipe import Recipe
 from imkd_data.sample import Payload, Points, SensorSuite
@@ -135,29 +136,26 @@ def _points(
     payload: Payload, recipe: Recipe, suite: SensorSuite, upstream: Mapping[str, Stored], drops: dict[str, int]
 ) -> Stored:
     """Parts: xyz (3, N) i16 in 1 cm, state (3, N) u8 intensity, ring, sweep, pose (S, 13) f64 ego_from_lidar and age."""
-    xyz, state = [], []
+    scans = payload.lidar or ()
+    total = sum(map(len, scans))
+    xyz, state = np.empty((3, total), dtype=np.int16), np.empty((3, total), dtype=np.uint8)
+    index = np.empty(total, dtype=np.int32)
     pose = np.zeros((len(payload.sample.lidar), 13))
-    for i, (sweep, points) in enumerate(zip(payload.sample.lidar, payload.lidar or (), strict=True)):
-        steps = np.floor(_moved(sweep.ego_from_sensor.matrix34(), points.xyz_m) * (1 / _STEP_M) + 0.5)
-        inside = (np.abs(steps) <= 32767).all(axis=0)
-        drops["out_of_range"] = drops.get("out_of_range", 0) + int(len(inside) - inside.sum())
-        ring = points.column("ring") if "ring" in points.feature_names else np.zeros(len(points), dtype=np.float32)
-        codes = np.stack([_intensity(points), ring, np.full(len(points), i, dtype=np.float32)]).astype(np.uint8)
-        xyz.append(steps[:, inside].astype(np.int16))
-        state.append(codes[:, inside])
-        pose[i] = (*sweep.ego_from_sensor.matrix34(), (payload.sample.timestamp_us - sweep.timestamp_us) * 1e-6)
+    start = 0
+    for i, (sweep, points) in enumerate(zip(payload.sample.lidar, scans, strict=True)):
+        move = sweep.ego_from_sensor
+        n = quantise(points.xyz_m, move.rotation, move.translation_m, 1 / _STEP_M, xyz[:, start:], index)
+        state[0, start : start + n] = _intensity(points)[index[:n]]
+        state[1, start : start + n] = points.column("ring")[index[:n]] if "ring" in points.feature_names else 0
+        state[2, start : start + n] = i
+        pose[i] = (*move.matrix34(), (payload.sample.timestamp_us - sweep.timestamp_us) * 1e-6)
+        start += n
+    drops["out_of_range"] = drops.get("out_of_range", 0) + total - start
     return {
-        "lidar_points_xyz.npy.zst": part_from_array(np.concatenate([np.zeros((3, 0), np.int16), *xyz], axis=1)),
-        "lidar_points_state.npy.zst": part_from_array(np.concatenate([np.zeros((3, 0), np.uint8), *state], axis=1)),
+        "lidar_points_xyz.npy.zst": part_from_array(xyz[:, :start]),
+        "lidar_points_state.npy.zst": part_from_array(state[:, :start]),
         "lidar_points_pose.npy.zst": part_from_array(pose),
     }
-
-
-def _moved(matrix: NDArray[np.float64], xyz_m: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(3, N) ego points, float64, summed in the fixed order of the kernels."""
-    m = matrix.reshape(3, 4)
-    x, y, z = xyz_m.T.astype(np.float64)
-    return np.stack([m[k, 0] * x + m[k, 1] * y + m[k, 2] * z + m[k, 3] for k in range(3)])
 
 
 def _unpack_points(parts: Mapping[str, bytes], suite: SensorSuite) -> dict[str, NDArray[Any]]:

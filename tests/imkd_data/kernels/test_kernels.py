@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from imkd_data.geometry import BevGrid, rotation_from_yaw
 from imkd_data.kernels.boxes import points_in_boxes
 from imkd_data.kernels.project import order_by_ring, project
+from imkd_data.kernels.quantise import quantise
 from imkd_data.kernels.rasterize import add_sweep, pool_view
 from tests.imkd_data.readers.tiny_tree import tilted
 
@@ -224,3 +225,19 @@ def test_faces_belong_to_the_box() -> None:
     one = points_in_boxes(faces, np.zeros((1, 3)), np.array([[3.0, 1.0, 0.5]]), np.zeros(1))
     assert one.tolist() == [3]
     assert len(points_in_boxes(faces, np.zeros((0, 3)), np.zeros((0, 3)), np.zeros(0))) == 0
+
+
+# ---- steps --------------------------------------------------------------------------------------------------------------
+
+
+def test_quantise_rounds_and_leaves_out_what_does_not_fit() -> None:
+    rng = np.random.default_rng(5)
+    xyz = rng.uniform(-400, 400, (500, 3)).astype(np.float32)
+    rotation, translation = tilted(0.7, 0.1, -0.2), np.array([1.0, -2.0, 3.0])
+    out, index = np.zeros((3, 500), np.int16), np.zeros(500, np.int32)
+    n = quantise(xyz, rotation, translation, 100.0, out, index)
+    exact = (xyz.astype(np.float64) @ rotation.T + translation) * 100
+    kept = (np.abs(np.floor(exact + 0.5)) <= 32767).all(axis=1)
+    assert 50 < n == kept.sum() < 450
+    np.testing.assert_array_equal(index[:n], np.flatnonzero(kept))
+    assert np.abs(out[:, :n].T - exact[kept]).max() <= 0.5 + 1e-6
