@@ -21,7 +21,7 @@ from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import Batch, BoxBatch
 from imkd_models.blocks import conv_norm_relu
 from imkd_models.distill.base import HEAD, Distiller, FrozenTeacher, Method, Needs
-from imkd_models.distill.options import Options, option
+from imkd_models.distill.options import MethodOptions, option
 from imkd_models.distill.terms import all_sum, head_targets, heatmaps_at, normaliser, quality_focal, smooth_l1
 from imkd_models.head import stacked_box_maps
 from imkd_models.outputs import HeadMaps, Outputs
@@ -33,7 +33,7 @@ NEAR_M = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveSmoothOptions(Options):
+class AdaptiveSmoothOptions(MethodOptions):
     """Every switch and weight of our reading of Adaptive-Smooth."""
 
     lambda_l2c: float = option(1.0, "weight of LiDAR to camera alignment", low=0)

@@ -227,6 +227,17 @@ def _needed(outputs: Outputs, names: tuple[str, ...], *, who: str, detach: bool)
     return Outputs(features={n: v.float() for n, v in features.items()}, head=head, grid=outputs.grid)
 
 
+def _of_other_sample(outputs: Outputs, batch: int) -> Outputs:
+    """Every sample gets its neighbour's maps: the control "a teacher shown the wrong sample"."""
+    if batch < 2:
+        raise MismatchError("teacher_sample other needs at least two samples in a batch", found="1")
+    head = []
+    for maps in outputs.head:
+        names = [f.name for f in fields(maps) if f.name != "classes"]
+        head.append(replace(maps, **{n: getattr(maps, n).roll(1, 0) for n in names}))
+    return Outputs(features={n: v.roll(1, 0) for n, v in outputs.features.items()}, head=tuple(head), grid=outputs.grid)
+
+
 class Distiller(nn.Module):
     """Base of the methods.
 
@@ -267,6 +278,8 @@ class Distiller(nn.Module):
         with torch.autocast(device, enabled=False):
             own = _needed(student, self.needs.student, who="the student", detach=False)
             theirs = {n: _needed(teachers[n], wanted[n], who=f"teacher {n}", detach=True) for n in wanted}
+            if getattr(self.options, "teacher_sample", "own") == "other":
+                theirs = {n: _of_other_sample(o, len(batch)) for n, o in theirs.items()}
             out = self.terms(own, theirs, batch)
             if self.warmup_steps:
                 factor = ((self.step + 1) / self.warmup_steps).clamp(max=1.0)

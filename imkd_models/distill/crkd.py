@@ -18,7 +18,7 @@ from imkd_data.errors import MismatchError, RecipeError
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import Batch, BoxBatch
 from imkd_models.distill.base import HEAD, Distiller, FrozenTeacher, Method, Needs
-from imkd_models.distill.options import Options, option
+from imkd_models.distill.options import MethodOptions, option
 from imkd_models.distill.terms import (
     grown_sizes,
     half_square_on_mask,
@@ -47,7 +47,7 @@ DEFECTS: tuple[str, ...] = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrkdOptions(Options):
+class CrkdOptions(MethodOptions):
     """Every switch and weight of CRKD. ``defects`` re-creates released behaviour, to measure what it costs."""
 
     lambda_resp: float = option(1.0, "weight of response distillation", low=0)

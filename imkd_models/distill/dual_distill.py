@@ -19,7 +19,7 @@ from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import Batch, BoxBatch
 from imkd_models.distill.align import ALIGNERS, Aoa, resized
 from imkd_models.distill.base import HEAD, Distiller, FrozenTeacher, Method, Needs
-from imkd_models.distill.options import Options, option
+from imkd_models.distill.options import MethodOptions, option
 from imkd_models.distill.terms import (
     all_mean,
     box_areas_m2,
@@ -56,7 +56,7 @@ LOGIT_OF_TENTH = math.log(0.1 / 0.9)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DualDistillOptions(Options):
+class DualDistillOptions(MethodOptions):
     """Every switch and weight of DualDistill."""
 
     levels: tuple[str, ...] = option(
@@ -283,11 +283,8 @@ class DualDistill(Distiller):
             out.update(self._responses(neck, teacher, batch))
         return out
 
-    def _target(self, name: str, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The teacher's map and rho = reference mean square / this teacher's, measured on the first samples."""
-        if self.o.norm_teacher and name != NECK:
-            mean = value.mean(dim=(0, 2, 3), keepdim=True)
-            value = (value - mean) / (value.var(dim=(0, 2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
+    def _root(self, name: str, value: Tensor) -> Tensor:
+        """Square root of reference mean square / this teacher's, measured on the first samples and then frozen."""
         square, seen = getattr(self, f"square_{name}"), getattr(self, f"seen_{name}")
         if self.training and int(seen) < self.o.rescale_samples:
             count = len(value)
@@ -296,44 +293,52 @@ class DualDistill(Distiller):
             setattr(self, f"seen_{name}", seen + count)
         square = getattr(self, f"square_{name}")
         if not self.o.rescale or float(square) == 0:
-            return value, torch.ones((), device=value.device)
-        return value, REFERENCE_MEAN_SQUARE / square.clamp(min=1e-8)
+            return torch.ones((), device=value.device)
+        return (REFERENCE_MEAN_SQUARE / square.clamp(min=1e-8)).sqrt()
+
+    def _target(self, name: str, value: Tensor) -> Tensor:
+        if self.o.norm_teacher and name != NECK:
+            mean = value.mean(dim=(0, 2, 3), keepdim=True)
+            value = (value - mean) / (value.var(dim=(0, 2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
+        return value
 
     def _features(self, student: Outputs, teacher: Outputs, neck: Tensor | None, batch: Batch) -> dict[str, Tensor]:
         o, sums = self.o, {"mfd_fg": [], "mfd_bg": [], "mfd_fp": [], "mfd_sp": []}
         truth = head_targets(batch.boxes, teacher.grid, teacher.head).heatmap_BKYX
         for name in o.levels:
-            t, rho = self._target(name, teacher.features[name])
-            s = neck if name == NECK else self.align[name](student.features[name])
+            target = self._target(name, teacher.features[name])
+            root = self._root(name, target)
+            # Aligners of stages answer in the reference scale; the neck also feeds the teacher's head and keeps its own.
+            t, s = root * target, root * neck if name == NECK else self.align[name](student.features[name])
             ghosts = hallucinations(teacher.head, truth, t.shape) if name == NECK else None
             grid = stage_grid(teacher.grid, t.shape)
-            level = self._level(name, s, t, rho, regions(batch.boxes, grid, ghosts), grid.cell_m)
+            level = self._level(name, s, t, regions(batch.boxes, grid, ghosts), grid.cell_m)
+            self.note(**{f"{name}_rho": root**2})
             for key, value in level.items():
                 sums[key].append(value)
         return {key: o.lambda_mfd * torch.stack(values).sum() for key, values in sums.items() if values}
 
-    def _level(self, name: str, s: Tensor, t: Tensor, rho: Tensor, r: Regions, cell_m: float) -> dict[str, Tensor]:
+    def _level(self, name: str, s: Tensor, t: Tensor, r: Regions, cell_m: float) -> dict[str, Tensor]:
         o, batch = self.o, len(s)
         published_cells, published_cell_m = PUBLISHED[name]
         with torch.no_grad():
-            temperature = TEMPERATURE / rho.sqrt()
             ones = torch.ones_like(r.fg)
-            attention = 0.5 * (cell_attention(t, temperature) + cell_attention(s, temperature)) if o.attention else ones
-            channels = channel_attention(t, temperature)
+            attention = 0.5 * (cell_attention(t) + cell_attention(s)) if o.attention else ones
+            channels = channel_attention(t)
         error = (s - t).square()
         per_cell = attention * error.sum(1, keepdim=True)
         size = cell_m / published_cell_m
         out = {
-            "mfd_fg": o.weight_fg * rho * size / batch * (r.fg * r.a_fg * per_cell).sum(),
-            "mfd_bg": o.weight_bg * rho / batch * (r.bg * r.a_bg * per_cell).sum(),
+            "mfd_fg": o.weight_fg * size / batch * (r.fg * r.a_fg * per_cell).sum(),
+            "mfd_bg": o.weight_bg / batch * (r.bg * r.a_bg * per_cell).sum(),
         }
         if name == NECK:
             hallucinated = attention * (channels * error).sum(1, keepdim=True)
-            out["mfd_fp"] = o.weight_fp * rho / batch * (r.fp * r.a_fp * hallucinated).sum()
+            out["mfd_fp"] = o.weight_fp / batch * (r.fp * r.a_fp * hallucinated).sum()
         difference = t.mean(1, keepdim=True) - self.spatial[name](s.mean(1, keepdim=True))
         number = published_cells / (s.shape[-1] * s.shape[-2])
-        out["mfd_sp"] = o.weight_sp * rho.sqrt() * number / batch * difference.abs().sum()
-        self.note(**{f"{name}_rho": rho, f"{name}_fg": r.fg.mean(), f"{name}_fp": r.fp.mean()})
+        out["mfd_sp"] = o.weight_sp * number / batch * difference.abs().sum()
+        self.note(**{f"{name}_fg": r.fg.mean(), f"{name}_fp": r.fp.mean()})
         return out
 
     def _responses(self, neck: Tensor, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:

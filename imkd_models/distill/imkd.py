@@ -21,7 +21,7 @@ from imkd_data.loader.batch import Batch
 from imkd_models.blocks import BasicBlock, cell_index, conv_norm_relu
 from imkd_models.distill.base import HEAD, Distiller, FrozenTeacher, Method, Needs
 from imkd_models.distill.intensity import CONTROLS, FROM, NORMALISE, PART_OF, SOURCES, IntensityRule, intensity_maps
-from imkd_models.distill.options import Options, option
+from imkd_models.distill.options import MethodOptions, option
 from imkd_models.distill.terms import (
     all_mean,
     bernoulli_kl,
@@ -46,7 +46,7 @@ PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImkdOptions(Options):
+class ImkdOptions(MethodOptions):
     """Every switch and weight of IMKD. Weights are constant from step 0 unless ``warmup_steps`` is set."""
 
     stage1: bool = option(True, "LiDAR to radar feature distillation")

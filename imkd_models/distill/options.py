@@ -8,7 +8,7 @@ from typing import Any
 
 from imkd_data.errors import RecipeError
 
-__all__ = ["Options", "option"]
+__all__ = ["MethodOptions", "Options", "option"]
 
 
 def option(
@@ -92,3 +92,14 @@ class Options:
         """One object an option: name, default, choices, low, high, doc."""
         defaults = cls.defaults()
         return [{"name": f.name, "default": defaults[f.name], **f.metadata} for f in fields(cls)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions(Options):
+    """Options that every method has."""
+
+    teacher_sample: str = option(
+        "own",
+        "control: other gives each sample the teachers' outputs of its neighbour in the batch",
+        choices=("own", "other"),
+    )

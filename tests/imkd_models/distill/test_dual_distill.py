@@ -71,12 +71,12 @@ def test_equal_maps_after_alignment_give_zero_but_the_spatial_term_only_with_an_
     t = teachers["lidar"].features["bev_neck"]
     r = regions(fake_batch().boxes, GRID, torch.rand(2, *GRID.shape) > 0.5)
     s = t.clone().requires_grad_()
-    level = distiller._level("bev_neck", s, t, torch.ones(()), r, GRID.cell_m)
+    level = distiller._level("bev_neck", s, t, r, GRID.cell_m)
     assert level["mfd_fg"] == 0 and level["mfd_bg"] == 0 and level["mfd_fp"] == 0 and level["mfd_sp"] > 0
     with torch.no_grad():
         torch.nn.init.dirac_(distiller.spatial["bev_neck"].weight)
         distiller.spatial["bev_neck"].bias.zero_()
-    assert distiller._level("bev_neck", s, t, torch.ones(()), r, GRID.cell_m)["mfd_sp"] < 1e-9
+    assert distiller._level("bev_neck", s, t, r, GRID.cell_m)["mfd_sp"] < 1e-9
 
 
 def test_crd_with_an_identity_aligner_runs_the_teachers_head_on_the_students_neck() -> None:
@@ -302,10 +302,30 @@ def test_rescale_follows_the_teachers_size_and_then_freezes() -> None:
     assert int(distiller.seen_bev_stage1) == 4
     expected = torch.stack([fake_outputs(LIDAR, s).features["bev_stage1"].square().mean() for s in (1, 2)]).mean()
     assert torch.allclose(distiller.square_bev_stage1, expected, rtol=1e-5)
-    _, rho = distiller._target("bev_stage1", fake_outputs(LIDAR, 9).features["bev_stage1"])
-    assert torch.allclose(rho, 0.5 / expected)
-    _, plain = _distiller(rescale=False)._target("bev_stage1", torch.rand(1, 8, 4, 4))
-    assert plain == 1
+    root = distiller._root("bev_stage1", fake_outputs(LIDAR, 9).features["bev_stage1"])
+    assert torch.allclose(root**2, 0.5 / expected)
+    assert _distiller(rescale=False)._root("bev_stage1", torch.rand(1, 8, 4, 4)) == 1
+
+
+def test_rescaled_terms_are_those_of_a_teacher_of_the_reference_size() -> None:
+    """A teacher with features ten times smaller gives the same feature terms (stages, same aligners), not a hundredth."""
+    values = {"lambda_crd": 0, "levels": ("bev_stage1", "bev_stage2")}
+    teacher = _teachers()["lidar"]
+    small = replace(teacher, features={k: v / 10 for k, v in teacher.features.items()})
+    a = _run(_distiller(**values), teachers={"lidar": teacher})
+    b = _run(_distiller(**values), teachers={"lidar": small})
+    for term in a:
+        assert torch.allclose(a[term], b[term], rtol=1e-4)
+    neck = {"lambda_crd": 0, "levels": ("bev_neck",), "attention": False, "weight_sp": 0.0}
+    distiller, student = _distiller(**neck), fake_outputs(STUDENT, 1)
+    with torch.no_grad():
+        distiller.neck.bias.zero_()
+    plain = distiller(student, {"lidar": teacher}, fake_batch())["mfd_bg"]
+    tenth = replace(student, features={**student.features, "bev_neck": student.features["bev_neck"] / 10})
+    fresh = _distiller(**neck)
+    with torch.no_grad():
+        fresh.neck.bias.zero_()
+    assert torch.allclose(fresh(tenth, {"lidar": small}, fake_batch())["mfd_bg"], plain, rtol=1e-3)
 
 
 def test_size_corrections_are_one_on_the_published_grids() -> None:
@@ -316,7 +336,7 @@ def test_size_corrections_are_one_on_the_published_grids() -> None:
     level = {}
     for g in (grid, grid.coarser(2)):
         s, t = torch.zeros(1, 4, *g.shape), torch.ones(1, 4, *g.shape)
-        level[g.nx] = distiller._level("bev_neck", s, t, torch.ones(()), regions(box, g), g.cell_m)
+        level[g.nx] = distiller._level("bev_neck", s, t, regions(box, g), g.cell_m)
     r = regions(box, grid)
     assert torch.allclose(level[128]["mfd_fg"], 6e-3 * 4 * r.a_fg.sum())
     assert torch.allclose(level[64]["mfd_fg"], level[128]["mfd_fg"], rtol=0.1)

@@ -11,6 +11,7 @@ from batches import make_batch
 from distill_fakes import FUSION, GRID, LABEL, LIDAR, STUDENT, FakeNet, fake_batch, planes, without_boxes
 from torch import nn
 
+from imkd_data.errors import MismatchError
 from imkd_data.loader.batch import Batch
 from imkd_models.distill import METHODS, Distiller, FrozenTeacher, check_needs, gradient_norms, make_method
 from imkd_models.outputs import Outputs
@@ -94,6 +95,15 @@ def test_float64_inputs_of_losses_and_autocast_give_float32_terms(name: str) -> 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, terms = step(fake_batch())
     assert all(v.dtype == torch.float32 for v in terms.values())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_control_of_a_teacher_shown_the_wrong_sample_changes_the_terms(name: str) -> None:
+    right, wrong = _fake_step(name).eval(), _fake_step(name, teacher_sample="other").eval()
+    a, b = right(fake_batch())[1], wrong(fake_batch())[1]
+    assert a.keys() == b.keys() and any(not torch.allclose(a[k], b[k]) for k in a)
+    with pytest.raises(MismatchError, match="two samples"):
+        wrong(fake_batch(batch=1))
 
 
 def test_gradient_norms_are_those_of_autograd() -> None:

@@ -1,0 +1,291 @@
+"""The benchmark's table: admission test, spread, paired gains with two intervals, costs; JSON and Markdown."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.bench_rows import PUBLISHED_GAIN_NDS, all_rows
+from pipelines.bench_statistics import SceneMatches, holm, paired_t, scene_bootstrap, smallest_detectable
+
+__all__ = ["admission_test", "markdown", "write_report"]
+
+Score = Mapping[str, Any]
+MIN_TEACHER_GAP, PLAIN_RANGE, MAX_DETECTABLE = 8.0, (25.0, 65.0), 2.0
+
+
+def _by_row(scores: Sequence[Score]) -> dict[str, dict[int, Score]]:
+    out: dict[str, dict[int, Score]] = defaultdict(dict)
+    for score in scores:
+        if "nds" in score:
+            out[score["row"]][int(score["seed"])] = score
+    return out
+
+
+def _mean(rows: Mapping[int, Score], key: str = "nds") -> float:
+    return float(np.mean([s[key] for s in rows.values()])) if rows else math.nan
+
+
+def admission_test(scores: Sequence[Score]) -> dict[str, Any]:
+    """Is this world and preset fit to tell methods apart? Judged on baselines and teachers alone, before any method."""
+    rows = _by_row(scores)
+    plain, teacher = rows.get("plain", {}), rows.get("teacher_lidar", {})
+    first = plain[min(plain)] if plain else None
+    base = first["nds"] if first else math.nan
+    gap = _mean(teacher) - base
+    camera, radar = _mean(rows.get("camera_only", {})), _mean(rows.get("radar_only", {}))
+    rings = [r["map"] for r in first["map_by_range"]] if first else []
+    rings = [r for r in rings if not math.isnan(r)]
+    low, high = PLAIN_RANGE
+    checks = [
+        ("teacher above plain, NDS", gap, f">= {MIN_TEACHER_GAP}", gap >= MIN_TEACHER_GAP),
+        ("plain student, NDS", base, f"{low} to {high}", low <= base <= high),
+        ("camera+radar above camera only, NDS", base - camera, "> 0", base > camera),
+        ("camera+radar above radar only, NDS", base - radar, "> 0", base > radar),
+        (
+            "mAP falls with range",
+            " > ".join(f"{r:.1f}" for r in rings),
+            "falling",
+            len(rings) > 1 and all(a >= b for a, b in pairwise(rings)),
+        ),
+    ]
+    listed = [
+        {"name": n, "found": f if isinstance(f, str) else _number(f), "wanted": w, "passed": bool(ok)} for n, f, w, ok in checks
+    ]
+    return {"passed": all(c["passed"] for c in listed), "checks": listed}
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 3)
+
+
+def _spread(rows: Mapping[str, Mapping[int, Score]]) -> dict[str, Any]:
+    """Seed spread of the plain student and what it lets the benchmark find. Differences of two runs are taken as
+    independent (square root of 2), which pairing can only improve."""
+    values = [s["nds"] for s in rows.get("plain", {}).values()]
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    found = smallest_detectable(math.sqrt(2) * spread, len(values)) if len(values) > 1 else math.nan
+    return {
+        "seeds": len(values),
+        "mean_nds": _number(float(np.mean(values))) if values else None,
+        "spread_nds": _number(spread),
+        "smallest_detectable_gain_nds": _number(found),
+        "fine_enough": bool(found <= MAX_DETECTABLE),
+    }
+
+
+def _matches(score: Score) -> SceneMatches | None:
+    path = Path(score["folder"]) / "matches.npz"
+    return SceneMatches.load(path) if path.is_file() else None
+
+
+def _paired(
+    rows: Mapping[str, Mapping[int, Score]], name: str, against: str, kind: str, headroom: float, draws: int
+) -> dict[str, Any] | None:
+    seeds = sorted(set(rows.get(name, {})) & set(rows.get(against, {})))
+    if not seeds:
+        return None
+    mine, theirs = rows[name], rows[against]
+    t = paired_t([mine[s]["nds"] for s in seeds], [theirs[s]["nds"] for s in seeds])
+    pairs = [(_matches(mine[s]), _matches(theirs[s])) for s in seeds]
+    whole = [(a, b) for a, b in pairs if a is not None and b is not None]
+    low, high = scene_bootstrap(whole, draws=draws) if draws and len(whole) == len(seeds) else (math.nan, math.nan)
+    return {
+        "method": name,
+        "kind": kind,
+        "against": against,
+        "gain_nds": _number(t.mean),
+        "low": _number(t.low),
+        "high": _number(t.high),
+        "low_scenes": _number(low),
+        "high_scenes": _number(high),
+        "gain_map": _number(float(np.mean([mine[s]["map"] - theirs[s]["map"] for s in seeds]))),
+        "p": None if math.isnan(t.p) else t.p,
+        "p_holm": None,
+        "gap_closed": _number(t.mean / headroom) if headroom > 0 else None,
+        "published_gain_nds": PUBLISHED_GAIN_NDS.get(name) if kind == "system" else None,
+        "seeds": seeds,
+    }
+
+
+def _costs(scores: Sequence[Score]) -> list[dict[str, Any]]:
+    rows = _by_row(scores)
+
+    def median(name: str, key: str) -> float | None:
+        values = [s["cost"][key] for s in rows.get(name, {}).values() if s["cost"].get(key) is not None]
+        return float(np.median(values)) if values else None
+
+    base = median("plain", "seconds_per_step")
+    out = []
+    for name in rows:
+        step = median(name, "seconds_per_step")
+        ratio = round(step / base, 3) if step and base else None
+        out.append({"row": name, "seconds_per_step": step, "times_plain": ratio, "peak_mib": median(name, "peak_mib")})
+    return out
+
+
+def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None) -> dict[str, Any]:
+    """Read every score under ``out`` and write ``results.json`` and ``results.md`` there, and in ``docs`` if given.
+
+    draws: of the scene bootstrap; default 400 where ``docs`` is given, else none (it takes seconds a row).
+    """
+    from pipelines.bench_distill import read_scores
+
+    place = {row.name: i for i, row in enumerate(all_rows())}  # teachers first, then the order of the plan
+    scores = sorted(read_scores(out), key=lambda s: (place.get(s["row"], -1), s["row"], s["seed"]))
+    rows = _by_row(scores)
+    count = draws if draws is not None else (400 if docs is not None else 0)
+    admission = admission_test(scores)
+    paired = []
+    base, teacher = _mean(rows.get("plain", {})), _mean(rows.get("teacher_lidar", {}))
+    for name, runs in rows.items():
+        facts = next(iter(runs.values()))
+        if facts["kind"] in ("baseline", "teacher"):
+            continue
+        if facts.get("twin"):
+            kind = "price" if facts["kind"] == "defect" else "distillation"
+            paired.append(_paired(rows, name, facts["twin"], kind, teacher - base, count))
+        if facts["kind"] == "method":
+            paired.append(_paired(rows, name, "plain", "system", teacher - base, count))
+    known = [p for p in paired if p is not None]
+    main = {p["method"]: p["p"] for p in known if p["kind"] == "distillation" and p["method"] in PUBLISHED_GAIN_NDS}
+    adjusted = holm({k: math.nan if v is None else v for k, v in main.items()})
+    for p in known:
+        if p["kind"] == "distillation" and p["method"] in adjusted:
+            p["p_holm"] = _number(adjusted[p["method"]])
+    report = {
+        "v": 1,
+        "preset": scores[0]["preset"] if scores else None,
+        "materials": scores[0]["materials"] if scores else None,
+        "versions": scores[0]["versions"] if scores else {},
+        "admission": admission,
+        "spread": _spread(rows),
+        "rows": [
+            {
+                "method": s["row"],
+                "kind": s["kind"],
+                "twin": s.get("twin"),
+                "seed": s["seed"],
+                "nds": round(s["nds"], 3),
+                "map": round(s["map"], 3),
+                "errors": {k: _number(v) for k, v in s["errors"].items()},
+                "map_by_range": [_number(r["map"]) for r in s["map_by_range"]],
+                "steps": s["steps"],
+            }
+            for runs in rows.values()
+            for s in runs.values()
+        ],
+        "paired": known,
+        "costs": _costs(scores),
+    }
+    text = markdown(report)
+    for folder in [out, *([Path(docs)] if docs is not None else [])]:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        (folder / "results.md").write_text(text)
+    return report
+
+
+def _show(value: Any, digits: int = 2, sign: bool = False) -> str:
+    return "-" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def _interval(low: Any, high: Any) -> str:
+    return "-" if low is None or high is None else f"[{low:+.2f}, {high:+.2f}]"
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return [*out, *("| " + " | ".join(line) + " |" for line in lines), ""]
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The table for people; every number of it is in ``results.json``."""
+    out = [
+        "# Distillation benchmark",
+        "",
+        f"Preset `{report['preset']}`, synthetic world with `--materials {report['materials']}`; official nuScenes NDS and "
+        "mAP on its val scenes, in points. These figures come from a synthetic world: they compare methods, they say "
+        "nothing about scores on nuScenes.",
+        "",
+        "```",
+        f"imkd bench distill --preset {report['preset']} --materials {report['materials']} --out DIR --docs docs",
+        "```",
+        "",
+        "## Admission",
+        "",
+    ]
+    out += _table(
+        ("check", "found", "wanted", "passed"),
+        [
+            (c["name"], _text(c["found"]), c["wanted"], "yes" if c["passed"] else "**no**")
+            for c in report["admission"]["checks"]
+        ],
+    )
+    s = report["spread"]
+    out += [
+        f"Plain student over {s['seeds']} seeds: mean {_show(s['mean_nds'])} NDS, standard deviation {_show(s['spread_nds'])}; "
+        f"smallest gain that a paired t over as many seeds finds (5 %, power 0.8): {_show(s['smallest_detectable_gain_nds'])}.",
+        "",
+        "## Gains",
+        "",
+        "*distillation* = against the undistilled twin (same network, start, data and steps); *system* = against the "
+        "plain student; *price* = a released defect against the corrected row. Two 95 % intervals: paired t over seeds, and "
+        "bootstrap over val scenes. Holm corrects over the methods of the main table.",
+        "",
+    ]
+    out += _table(
+        ("row", "kind", "against", "NDS", "over seeds", "over scenes", "mAP", "gap closed", "p (Holm)", "seeds", "paper"),
+        [
+            (
+                p["method"],
+                p["kind"],
+                p["against"],
+                _show(p["gain_nds"], sign=True),
+                _interval(p["low"], p["high"]),
+                _interval(p["low_scenes"], p["high_scenes"]),
+                _show(p["gain_map"], sign=True),
+                _show(p["gap_closed"]),
+                _show(p["p_holm"], 3),
+                str(len(p["seeds"])),
+                _show(p["published_gain_nds"], 1, sign=True),
+            )
+            for p in report["paired"]
+        ],
+    )
+    out += ["## Scores", ""]
+    names = ("mATE", "mASE", "mAOE", "mAVE", "mAAE")
+    out += _table(
+        ("row", "seed", "NDS", "mAP", *names, "mAP 0-20 / 20-30 / 30-50 m"),
+        [
+            (
+                r["method"],
+                str(r["seed"]),
+                _show(r["nds"]),
+                _show(r["map"]),
+                *(_show(r["errors"][n], 3) for n in names),
+                " / ".join(_show(v, 1) for v in r["map_by_range"]),
+            )
+            for r in report["rows"]
+        ],
+    )
+    out += ["## Cost of training", ""]
+    out += _table(
+        ("row", "s / step", "times plain", "peak MiB"),
+        [
+            (c["row"], _show(c["seconds_per_step"], 3), _show(c["times_plain"]), _show(c["peak_mib"], 0))
+            for c in report["costs"]
+        ],
+    )
+    return "\n".join(out)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else _show(value)

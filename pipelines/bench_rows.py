@@ -1,0 +1,288 @@
+"""What the distillation benchmark runs: presets (world, steps) and rows (which network, which method, against which twin)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from imkd_data.errors import UsageError
+
+__all__ = ["BLOCKS", "PRESETS", "PUBLISHED_GAIN_NDS", "Preset", "Row", "all_rows", "rows_of"]
+
+# Gains over their own baselines that the papers report, in NDS points: context, not pass marks.
+PUBLISHED_GAIN_NDS = {"imkd": 5.0, "crkd": 3.2, "adaptive_smooth": 4.5, "dual_distill": 3.9}
+BLOCKS = ("main", "controls", "ablations", "defects")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """World and budget. image_hw_px: size of the synthetic images. steps: optimiser steps by network; settings: ``--set``
+    values of every run. admission: refuse to run methods on a world and preset that do not pass."""
+
+    name: str
+    version: str = "v1.0-trainval"
+    scenes: int = 60
+    keyframes: int = 16
+    val_share: float = 0.4
+    image_hw_px: tuple[int, int] = (450, 800)
+    steps: Mapping[str, int] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    profile: str = "standard"
+    admission: bool = True
+
+
+PRESETS: dict[str, Preset] = {
+    p.name: p
+    for p in (
+        Preset(
+            name="smoke",
+            scenes=4,
+            keyframes=2,
+            image_hw_px=(225, 400),
+            steps={"lidar": 2, "label": 2, "fusion": 2, "student": 2},
+            admission=False,
+        ),
+        Preset(name="tiny", steps={"lidar": 900, "label": 450, "fusion": 600, "student": 450}),
+        Preset(
+            name="small",
+            scenes=150,
+            keyframes=20,
+            steps={"lidar": 6000, "label": 3000, "fusion": 6000, "student": 4000},
+            settings={"batch_size": 8, "loader.workers": 8, "precision": "bf16-mixed"},
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of the table, run once a seed. twin: the row that its gain is measured against; system gains are always
+    against ``plain``. model: changes of the student's configuration. seeds: all, or the first only."""
+
+    name: str
+    block: str
+    kind: str  # baseline | twin | method | control | ablation | defect
+    method: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    twin: str | None = None
+    seeds: str = "all"
+    note: str = ""
+
+
+def _main() -> list[Row]:
+    from imkd_models.distill import METHODS
+
+    rows = [
+        Row(name="plain", block="main", kind="baseline", note="camera-radar student, no distillation"),
+        Row(name="camera_only", block="main", kind="baseline", model={"radar": False}, seeds="first", note="admission"),
+        Row(name="radar_only", block="main", kind="baseline", model=_RADAR_ONLY, seeds="first", note="admission"),
+    ]
+    for name, method in METHODS.items():
+        twin = f"{name}_twin"
+        rows.append(Row(name=twin, block="main", kind="twin", method=name, options=method.twin_options, note=method.twin))
+        rows.append(Row(name=name, block="main", kind="method", method=name, twin=twin, note=method.title))
+    return rows
+
+
+_RADAR_ONLY = {"camera": False, "radar_encoder": "bev", "depth_weight": 0.0}
+
+
+def _controls() -> list[Row]:
+    from imkd_models.distill import METHODS
+
+    def imkd(name: str, note: str, **options: Any) -> Row:
+        return Row(name=name, block="controls", kind="control", method="imkd", options=options, twin="imkd_twin", note=note)
+
+    rows = [
+        imkd("imkd_occupancy", "I_L is 1 wherever LiDAR saw anything", intensity_control="occupancy"),
+        imkd("imkd_permuted", "values shuffled among occupied cells", intensity_control="permuted"),
+        imkd("imkd_other_sample", "the map of another sample", intensity_control="other_sample"),
+        imkd("imkd_no_intensity", "source none", intensity_source="none", stage3_supervision=False),
+        imkd(
+            "imkd_label_only",
+            "the label teacher alone",
+            stage1=False,
+            stage2_lidar=False,
+            response="off",
+            stage3_supervision=False,
+        ),
+    ]
+    for name in METHODS:
+        options = {"teacher_sample": "other"}
+        rows.append(
+            Row(
+                name=f"{name}_wrong_teacher",
+                block="controls",
+                kind="control",
+                method=name,
+                options=options,
+                twin=f"{name}_twin",
+                note="teacher shown the wrong sample",
+            )
+        )
+    return rows
+
+
+# Name -> options, by method: the rows of section 9 or 10 of each specification that differ in training only.
+_OFF_IMKD = {"stage1": False, "stage2_lidar": False, "stage2_label": False, "response": "off", "stage3_supervision": False}
+_NO_STAGE3 = {"stage3": False, "stage3_supervision": False}
+ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "imkd": {
+        "02_stage3_unsupervised": _OFF_IMKD,
+        "03_stage3_supervised": {**_OFF_IMKD, "stage3_supervision": True},
+        "04_stage1_plain": {**_OFF_IMKD, **_NO_STAGE3, "stage1": True, "intensity_source": "none"},
+        "05_stage1_reflectance": {**_OFF_IMKD, **_NO_STAGE3, "stage1": True},
+        "06_stage2_lidar_plain": {**_OFF_IMKD, **_NO_STAGE3, "stage2_lidar": True, "intensity_source": "none", "eta": 0.0},
+        "07_stage2_lidar_reflectance": {**_OFF_IMKD, **_NO_STAGE3, "stage2_lidar": True},
+        "08_labeldistill_on_merged": {"preset": "labeldistill_on_merged"},
+        "10_source_activation": {"intensity_source": "activation"},
+        "11_source_heatmap": {"intensity_source": "heatmap"},
+        "12_source_mix": {"intensity_source": "mix"},
+        "13_source_none": {"intensity_source": "none", "stage3_supervision": False},
+        "14_from_view": {"intensity_from": "view"},
+        "15_receiver_camera": {"receiver": "camera"},
+        "15_receiver_radar": {"receiver": "radar"},
+        "16_no_partition": {"partition": "all", "stage1_partition": "all"},
+        "16_rho_0": {"rho": 0.0},
+        "16_max_only": {"intensity_max_share": 1.0},
+        "16_mean_only": {"intensity_max_share": 0.0},
+    },
+    "crkd": {
+        "B1_resp": {"lambda_csrd": 0.0, "lambda_fused": 0.0, "lambda_cam": 0.0, "lambda_rel": 0.0, "calibration": False},
+        "B2_csrd": {"lambda_fused": 0.0, "lambda_cam": 0.0, "lambda_rel": 0.0},
+        "B3_msfd": {"lambda_rel": 0.0},
+        "C1_task_logit_mean": {"csrd_target": "task_logit_mean"},
+        "C3_class_max": {"csrd_target": "class_max"},
+        "C4_no_calibration": {"calibration": False},
+        "D1_box_mask": {"mask": "box"},
+        "D3_gaussian_mask": {"mask": "gaussian"},
+        "D5_ungated_camera": {"camera": "bev_camera"},
+        "E1_gram": {"relation": "gram"},
+        "E3_no_adapters": {"relation_adapters": False},
+        "F1_uniform": {"group_weights": "uniform"},
+        "F2_static": {"group_weights": "static"},
+        "F3_no_velocity": {"velocity_weight": 0.0},
+        "G1_paper": {"preset": "crkd_paper"},
+    },
+    "adaptive_smooth": {
+        "02_mse": {"preset": "simdistill_like"},
+        "03_l2c_only": {"lambda_m2m": 0.0, "lambda_srd": 0.0},
+        "04_asd_both": {"lambda_srd": 0.0},
+        "05_conv_fuser": {"lambda_srd": 0.0, "fuser": "concat"},
+        "07_smooth_l1": {"pixel_loss": "smooth_l1"},
+        "07_eta_0": {"eta": 0.0},
+        "07_huber": {"huber": True},
+        "07_variance": {"beta_rule": "variance"},
+        "07_windows": {"granularity": True},
+        "08_l2c_camera": {"l2c": "camera"},
+        "08_mask_ones": {"m2m_mask": "ones"},
+        "08_mask_objects": {"m2m_mask": "objects"},
+        "09_quality_conf": {"quality": "conf"},
+        "09_quality_label": {"quality": "label"},
+        "09_quality_none": {"quality": "none"},
+        "09_q_min_0": {"q_min": 0.0},
+        "09_q_min_0.3": {"q_min": 0.3},
+        "09_fp_tail": {"fp_tail": 0.1},
+    },
+    "dual_distill": {
+        "01_without_head_start": {"lambda_mfd": 0.0, "lambda_crd": 0.0, "head_from_teacher": False},
+        "02_mfd": {"lambda_crd": 0.0},
+        "04_crd": {"lambda_mfd": 0.0},
+        "05_up3conv": {"aligner": "up3conv"},
+        "05_attn_only": {"aligner": "attn_only"},
+        "05_ortho_only": {"aligner": "ortho_only"},
+        "05_conv1": {"aligner": "conv1"},
+        "06_target_gt": {"crd_target": "gt"},
+        "06_tau_1": {"tau": 1.0},
+        "06_tau_0.5": {"tau": 0.5},
+        "06_dense": {"crd_target": "dense"},
+        "07_no_fp": {"weight_fp": 0.0},
+        "07_no_attention": {"attention": False},
+        "07_no_spatial": {"weight_sp": 0.0},
+    },
+}
+
+
+def _ablations() -> list[Row]:
+    return [
+        Row(
+            name=f"{method}/{name}",
+            block="ablations",
+            kind="ablation",
+            method=method,
+            options=options,
+            twin=f"{method}_twin",
+            seeds="first",
+        )
+        for method, rows in ABLATIONS.items()
+        for name, options in rows.items()
+    ]
+
+
+def _defects() -> list[Row]:
+    """Released behaviour, one switch at a time: the price is the row minus the corrected row."""
+    from imkd_models.config import CRN_PARITY
+    from imkd_models.distill.crkd import DEFECTS
+
+    rows = [
+        Row(
+            name=f"crkd+{d}",
+            block="defects",
+            kind="defect",
+            method="crkd",
+            options={"defects": [d]},
+            twin="crkd",
+            seeds="first",
+        )
+        for d in DEFECTS
+    ]
+    rows.append(
+        Row(
+            name="imkd+labeldistill_response",
+            block="defects",
+            kind="defect",
+            method="imkd",
+            options={"response": "labeldistill"},
+            twin="imkd",
+            seeds="first",
+        )
+    )
+    rows += [
+        Row(name=f"plain+{p}", block="defects", kind="defect", model={"parity": [p]}, twin="plain", seeds="first")
+        for p in sorted(CRN_PARITY)
+    ]
+    return rows
+
+
+def all_rows() -> list[Row]:
+    """Every row, in the order in which they run."""
+    return [*_main(), *_controls(), *_ablations(), *_defects()]
+
+
+def rows_of(blocks: tuple[str, ...], methods: tuple[str, ...] = (), names: tuple[str, ...] = ()) -> list[Row]:
+    """Rows of the named blocks; ``methods`` keeps only these methods' rows (and the baselines), ``names`` only these rows and
+    the twins they are compared with.
+
+    Raises:
+        UsageError: an unknown block, method or row.
+    """
+    rows = all_rows()
+    for what, given, known in (
+        ("block", blocks, BLOCKS),
+        ("method", methods, tuple(PUBLISHED_GAIN_NDS)),
+        ("row", names, tuple(r.name for r in rows)),
+    ):
+        if unknown := [g for g in given if g not in known]:
+            raise UsageError(f"no {what} {', '.join(unknown)}", expected=", ".join(known))
+    if names:
+        by_name = {r.name: r for r in rows}
+        wanted = dict.fromkeys(names)
+        for name in names:
+            twin = by_name[name].twin
+            while twin:
+                wanted.setdefault(twin)
+                twin = by_name[twin].twin
+        return [r for r in rows if r.name in wanted or r.name == "plain"]
+    return [r for r in rows if r.block in blocks and (not methods or r.method is None or r.method in methods)]
