@@ -13,14 +13,14 @@ from imkd_data.kernels.raycast import GROUND, NOTHING, OWN_CAR, hash_normal, has
 _RETRO_FLOOR = 101.0
 # The sensor's range calibration is not perfect: genuine medians dip between 15 and 30 m and rise again beyond.
 _CALIBRATION_M = np.array([0.0, 4.0, 6.0, 11.0, 15.0, 20.0, 30.0, 40.0, 55.0, 70.0])
-_CALIBRATION = np.array([0.8, 1.0, 1.7, 1.2, 0.55, 0.36, 0.38, 0.6, 0.95, 1.1])
+_CALIBRATION = np.array([0.7, 0.85, 1.4, 1.1, 0.55, 0.36, 0.38, 0.6, 0.95, 1.1])
 
 
 @njit(cache=True, inline="always")
 def _stray(seed: int, ray: int) -> float:
     """The value a channel reports with no echo: mostly small, sometimes a full-scale spike."""
     u, v = hash_uniform(seed + 11, ray), hash_uniform(seed + 12, ray)
-    if u < 0.02:
+    if u < 0.026:
         return 100.0 + 155.0 * v * v * v
     if u < 0.09:
         return 30.0 + 70.0 * v

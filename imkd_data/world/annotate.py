@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from imkd_data.geometry import F64
 from imkd_data.kernels import raycast
+from imkd_data.kernels.boxes import points_in_boxes
 from imkd_data.world.scene import Primitives, Scene
 
 ANNOTATION_REACH_M = 80.0
@@ -28,19 +29,6 @@ class KeyTruth:
     visibility: NDArray[np.int64]
     num_lidar: NDArray[np.int64]
     num_radar: NDArray[np.int64]
-
-
-def count_inside(points_m: F64, centre_m: F64, yaw_rad: F64, size_lwh_m: F64) -> NDArray[np.int64]:
-    """Points (N, 3) inside each of M upright boxes, faces included as the devkit does; -> (M,)."""
-    counts = np.zeros(len(centre_m), np.int64)
-    for k, (centre, yaw, size) in enumerate(zip(centre_m, yaw_rad, size_lwh_m, strict=True)):
-        half = size / 2
-        reach = float(np.hypot(half[0], half[1]))
-        near = points_m[(np.abs(points_m[:, 0] - centre[0]) < reach) & (np.abs(points_m[:, 1] - centre[1]) < reach)] - centre
-        c, s = np.cos(yaw), np.sin(yaw)
-        x, y = c * near[:, 0] + s * near[:, 1], c * near[:, 1] - s * near[:, 0]
-        counts[k] = np.count_nonzero((np.abs(x) <= half[0]) & (np.abs(y) <= half[1]) & (np.abs(near[:, 2]) <= half[2]))
-    return counts
 
 
 def _visible_share(
@@ -80,8 +68,8 @@ def make_key_truth(scene: Scene, t_s: float, eye: F64, lidar_m: F64, radar_m: F6
         size_lwh_m=size,
         speed_mps=np.hypot(rate[actors, 0], rate[actors, 1]),
         visibility=1 + np.searchsorted([0.4, 0.6, 0.8], share, side="right"),
-        num_lidar=count_inside(lidar_m, centre, yaw, size),
-        num_radar=count_inside(radar_m, centre, yaw, size),
+        num_lidar=points_in_boxes(lidar_m, centre, size, yaw),
+        num_radar=points_in_boxes(radar_m, centre, size, yaw),
     )
 
 

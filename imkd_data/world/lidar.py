@@ -20,7 +20,7 @@ POWER_FLOOR = 2.8e-4
 
 # Reflectivity, its patchiness, and how it changes with the cosine of incidence; by ground material (see world.road).
 _GROUND_CLASS = np.array(
-    [[22.0, 6.0, 0.9], [11.0, 3.0, 1.5], [52.0, 10.0, 0.8], [17.0, 4.0, 1.0], [19.0, 5.0, 1.0], [26.0, 5.0, 0.8]]
+    [[22.0, 6.0, 0.9], [13.0, 3.5, 1.5], [52.0, 10.0, 0.8], [17.0, 4.0, 1.0], [19.0, 5.0, 1.0], [26.0, 5.0, 0.8]]
 )
 # The own car under the sensor, ego frame: roof with its rack, and the bonnet's edge.
 _OWN_CAR = (

@@ -143,11 +143,11 @@ def _standing_scatterers(scene: Scene, rng: np.random.Generator) -> tuple[F64, F
         mean = 2.0 if p[10] > 0 else (9.0 if length > 3.0 else 6.0)
         rcs.append(mean + 5.5 * rng.standard_normal(count))
     run = scene.road.length_m + scene.road.s_min_m
-    clutter = int(run * 3.2)
+    clutter = int(run * 5.0)
     s = rng.uniform(scene.road.s_min_m + 5.0, run - 5.0, clutter)
-    x, y, _ = scene.road.pose(s, rng.normal(0.0, 13.0, clutter))
+    x, y, _ = scene.road.pose(s, rng.normal(0.0, 1.0, clutter) * np.where(rng.random(clutter) < 0.5, 12.0, 40.0))
     spots.append(np.stack([x, y], axis=1))
-    rcs.append(rng.normal(1.0, 4.0, clutter))
+    rcs.append(rng.normal(2.0, 5.0, clutter))
     return np.concatenate(spots), np.concatenate(rcs)
 
 
@@ -158,9 +158,9 @@ def _seen(relative: F64, rcs: F64, rng: np.random.Generator) -> NDArray[np.int64
     near_beam = (far < NEAR_M) & (angle < NEAR_HALF_RAD)
     far_beam = (far < FAR_M) & (angle < FAR_HALF_RAD)
     index = np.flatnonzero((near_beam | far_beam) & (far > 1.0))
-    reach = np.where(far_beam[index], 135.0, 74.0 * np.cos(angle[index]) ** 0.5 + 1.0)
+    reach = np.where(far_beam[index], 104.0, 100.0 * np.cos(angle[index]) ** 0.5 + 1.0)
     snr_db = rcs[index] - 40.0 * np.log10(far[index] / reach) + 2.0
-    chance = 0.72 / (1.0 + np.exp(-snr_db / 3.0))
+    chance = 0.66 / (1.0 + np.exp(-snr_db / 3.0))
     return np.asarray(index[rng.random(len(index)) < chance])
 
 
@@ -181,7 +181,7 @@ def _points(xy: F64, velocity: F64, rcs: F64, moves: NDArray[np.bool_], own: F64
     xy, velocity, rcs, moves, ghost = xy[order], velocity[order], rcs[order], moves[order], ghost[order]
     x, y = np.round(xy[:, 0] / 0.2) * 0.2, (np.floor(xy[:, 1] / 0.2) + 0.5) * 0.2
     line = np.stack([x, y], axis=1) / np.maximum(np.hypot(x, y), 0.1)[:, None]
-    radial = (velocity * line).sum(axis=1) + rng.normal(0.0, 0.11, len(x)) * np.where(rng.random(len(x)) < 0.2, 3.0, 1.0)
+    radial = (velocity * line).sum(axis=1) + rng.normal(0.0, 0.14, len(x)) * np.where(rng.random(len(x)) < 0.2, 3.2, 1.0)
     unknown = ghost & (rng.random(len(x)) < 0.75)  # the sensor gave no velocity: raw is zero and everything seems to move
     guess = np.where(moves[:, None], radial[:, None] * line, (radial * rng.uniform(0.3, 1.0, len(x)))[:, None] * line)
     raw = np.where(unknown[:, None], 0.0, np.round((guess - own) / 0.25) * 0.25)

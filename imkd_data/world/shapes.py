@@ -76,7 +76,7 @@ TAIL: Vector = (0.9, 0.05, 0.05)
 _MEAN_REFLECTIVITY = MappingProxyType(
     {
         "vehicle.car": (24.0, 16.0), "vehicle.truck": (38.0, 12.0), "vehicle.construction": (46.0, 8.0),
-        "vehicle.bus.rigid": (34.0, 8.0), "vehicle.trailer": (52.0, 10.0), "movable_object.barrier": (66.0, 10.0),
+        "vehicle.bus.rigid": (34.0, 8.0), "vehicle.trailer": (46.0, 10.0), "movable_object.barrier": (58.0, 10.0),
         "vehicle.motorcycle": (14.0, 6.0), "vehicle.bicycle": (20.0, 6.0), "human.pedestrian.adult": (16.0, 9.0),
         "human.pedestrian.child": (18.0, 9.0), "human.pedestrian.construction_worker": (32.0, 6.0),
         "movable_object.trafficcone": (58.0, 8.0), "movable_object.pushable_pullable": (30.0, 10.0),
