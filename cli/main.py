@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -53,6 +54,7 @@ def run_group(group: click.Command, name: str, argv: Sequence[str] | None = None
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
     except InterruptedBuildError as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is over; a second Ctrl-C must not spoil the message
         _show(error, as_json, error.exit_code)
         return error.exit_code
     except ImkdError as error:

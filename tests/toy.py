@@ -149,17 +149,18 @@ class ToyReader:
             "radar": [s for sweeps in sample.radar.values() for s in sweeps] if "radar" in needs else [],
         }
 
-    def _file(self, path: str, token: str) -> bytes:
+    def _file(self, path: str, sample: Sample) -> bytes:
         try:
             return (self.root / path).read_bytes()
         except FileNotFoundError as error:
-            raise SourceMissingError("file is missing", rule="source.missing", file=path, token=token) from error
+            where = {"file": path, "token": sample.token, "scene": sample.scene, "channel": path.split("/")[0]}
+            raise SourceMissingError("file is missing", rule="source.missing", **where) from error
 
     def read(self, sample: Sample, needs: frozenset[str]) -> Payload:
         files, images, clouds = [], {}, {}
         for kind, frames in self._paths(sample, needs).items():
             for frame in frames:
-                data = self._file(frame.path, sample.token)
+                data = self._file(frame.path, sample)
                 files.append((frame.path, len(data), google_crc32c.value(data)))
                 if kind == "images":
                     images[frame.camera.name] = data
@@ -192,8 +193,7 @@ class ToyReader:
         out: list[list[Any]] = [["row", hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()]]
         for frames in self._paths(sample, needs).values():
             for frame in frames:
-                path = self.root / frame.path
-                out.append([frame.path, path.stat().st_size if path.exists() else -1])
+                out.append([frame.path, len(self._file(frame.path, sample))])
         return out
 
 

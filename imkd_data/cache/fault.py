@@ -1,8 +1,8 @@
 """Named places where a test can make the machine fail. Nothing happens unless ``IMKD_FAULT`` is set.
 
-``IMKD_FAULT=point:mode:n`` acts at the n-th time (per process, default 1) that ``point`` is reached; modes: kill (SIGKILL),
-exit, segfault, enospc, eio, estale, sleep, allocate, error. ``IMKD_FAULT_ONCE=FILE`` limits it to the first process that
-can create FILE. Several faults are joined by ``;``.
+``IMKD_FAULT=point:mode:n`` acts at the n-th time (per process, default 1; ``*`` = every time) that ``point`` is reached.
+Modes: kill (SIGKILL), exit, segfault, enospc, edquot, eio, estale, eperm, sleep (an hour), pause (2 s), allocate, error.
+``IMKD_FAULT_ONCE=FILE`` limits it to the first process that can create FILE. Several faults are joined by ``;``.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def _act(mode: str, name: str) -> None:
         os.kill(os.getpid(), signal.SIGSEGV)
     elif mode in numbers:
         raise OSError(numbers[mode], f"injected {mode} at {name}")
-    elif mode == "sleep":
-        time.sleep(3600)
+    elif mode in ("sleep", "pause"):
+        time.sleep(3600 if mode == "sleep" else 2)
     elif mode == "allocate":
         hog = []
         while True:

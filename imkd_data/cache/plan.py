@@ -10,6 +10,7 @@ from typing import Any
 
 from imkd_data.cache import keys, layout
 from imkd_data.cache.index import sample_row
+from imkd_data.cache.inputs import sample_inputs
 from imkd_data.cache.layout import Shard
 from imkd_data.cache.receipt import parse_json, read_json, read_receipt
 from imkd_data.errors import CacheDamageError, ImkdError, InputDataError, RecipeError, SourceMissingError
@@ -144,12 +145,10 @@ class _Scan:
             raise InputDataError("a sample token occurs twice", rule="token.twice", token=sample.token, scene=sample.scene)
         self.rows[sample.token] = sample_row(sample, self.reader.suite)
         for needs in self.needs:
-            try:
-                manifest: Any = self.reader.input_manifest(sample, frozenset(needs))
-            except SourceMissingError as error:
-                self.missing.append(error)
-                manifest = ["missing", error.details.get("file", "")]
-            self.manifests[needs, sample.token] = keys.hash_of(manifest)
+            inputs = sample_inputs(self.reader, sample, needs)
+            self.manifests[needs, sample.token] = inputs.hash
+            if inputs.missing is not None:
+                self.missing.append(inputs.missing)
 
     def check(self, missing_ok: bool) -> None:
         """Raise one error for everything that was found, grouped."""

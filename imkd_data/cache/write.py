@@ -15,6 +15,7 @@ from imkd_data.cache import fault, keys, layout
 from imkd_data.cache.codecs import array_metadata, encode_row, encode_shard, encode_tar, parse_index
 from imkd_data.cache.commit import commit_bytes, crc32c_hex, remove_file
 from imkd_data.cache.index import row_summary
+from imkd_data.cache.inputs import check_inputs
 from imkd_data.cache.layout import Shard
 from imkd_data.cache.receipt import FORMAT, read_receipt, sealed
 from imkd_data.errors import CacheDamageError, ImkdError, InputDataError, InterruptedBuildError, StorageError
@@ -117,6 +118,7 @@ def build_shard(
     """
     fault.point("shard.begin")
     samples = _samples(job, reader)
+    sizes = check_inputs(reader, samples, job.inputs, {n: fields[n].needs for n in job.fields})
     suite = reader.suite
     columns = {name: _Column() for name in job.fields}
     upstream = _Upstream(job, recipe, fields, suite, out)
@@ -135,6 +137,7 @@ def build_shard(
         except ImkdError as error:
             _name(error, job.shard, sample)
             raise
+        payloads.check_sizes(sizes, job.shard)
         if warnings is not None and payloads.whole is not None:
             for rule, count in {**(payloads.whole.warnings or {}), **(payloads.whole.dropped or {})}.items():
                 warnings[rule] = warnings.get(rule, 0) + count
@@ -149,7 +152,10 @@ def _samples(job: ShardJob, reader: Reader) -> list[Sample]:
     samples = [s for clip in job.shard.clips for s in reader.samples(clip.scene)[clip.start : clip.stop]]
     if [s.token for s in samples] != list(job.tokens):
         raise InputDataError(
-            "the tables changed between plan and build", rule="source.changed", shard=job.shard.label, next="plan again"
+            "the tables changed between plan and build",
+            rule="source.changed",
+            shard=job.shard.label,
+            next="run the same command; it plans again",
         )
     return samples
 
@@ -246,6 +252,22 @@ class _Payloads:
             raise found
         return found
 
+    def check_sizes(self, promised: Mapping[str, int], shard: Shard) -> None:
+        """A file that was read has the size that the plan saw."""
+        for payload in (self.whole, *self.single.values()):
+            for path, size, _ in payload.files if isinstance(payload, Payload) else ():
+                if promised.get(path, size) != size:
+                    raise InputDataError(
+                        "the source changed between plan and build: a file has another size",
+                        rule="source.changed",
+                        file=path,
+                        expected=f"{promised[path]:,} bytes",
+                        found=f"{size:,} bytes",
+                        token=self.sample.token,
+                        shard=shard.label,
+                        next="wait until nothing writes to the data set, then run the same command; it plans again",
+                    )
+
     def files_of(self, needs: tuple[str, ...]) -> list[tuple[str, int, int]]:
         s = self.sample
         paths: set[str] = set()
@@ -268,6 +290,8 @@ class _Upstream:
     def row(self, name: str, position: int) -> Stored:
         from imkd_data.cache.codecs import decode_row
 
+        if name in self.job.fields:  # built in this job, but not for this sample
+            raise InputDataError("upstream row is a hole", rule="upstream.hole", field=name)
         one = self.fields[name]
         number = self.job.shard.number
         if name not in self.open:

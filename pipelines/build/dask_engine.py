@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["run_dask"]
 
+CONNECT_S = 20
+
 
 def _work(packed: bytes, job: ShardJob) -> Done:
     """A Dask task: one shard. Stops between samples once the build's stop file is there."""
@@ -34,9 +36,8 @@ def _client(engine: Engine) -> Iterator[Any]:
     from distributed import Client, LocalCluster
 
     if "://" in engine.executor:
-        try:
-            with Client(engine.executor, timeout=20, set_as_default=False) as client:
-                yield client
+        try:  # errors of the build pass through here later on, and some of them are OSErrors
+            client = Client(engine.executor, timeout=CONNECT_S, set_as_default=False)
         except OSError as error:
             raise SourceMissingError(
                 "the Dask scheduler does not answer",
@@ -44,6 +45,8 @@ def _client(engine: Engine) -> Iterator[Any]:
                 found=engine.executor,
                 next="dask scheduler; then try again",
             ) from error
+        with client:
+            yield client
         return
     settings = {
         "distributed.scheduler.allowed-failures": TRIES - 1,
@@ -72,7 +75,8 @@ def _client(engine: Engine) -> Iterator[Any]:
 def run_dask(engine: Engine, common: Common, jobs: Sequence[ShardJob]) -> Iterator[Done]:
     """Jobs as Dask tasks ``build-<split>-shard-<n>``, two per worker in flight. Names the sample when a task kills its workers,
     after all other shards are complete."""
-    from distributed import wait
+    from distributed import CancelledError, wait
+    from distributed.client import FuturesCancelledError
 
     if not jobs:
         return
@@ -91,8 +95,13 @@ def run_dask(engine: Engine, common: Common, jobs: Sequence[ShardJob]) -> Iterat
                     running[client.submit(_work, packed, job, key=key, pure=False)] = job
                 if not running:
                     break
-                with contextlib.suppress(TimeoutError), client.as_current():
-                    wait(list(running), timeout=0.5, return_when="FIRST_COMPLETED")
+                try:
+                    with client.as_current():
+                        wait(list(running), timeout=0.5, return_when="FIRST_COMPLETED")
+                except TimeoutError:
+                    pass
+                except (CancelledError, FuturesCancelledError) as error:
+                    raise _lost(next(iter(running.values()))) from error
                 engine.stop.check()
                 for future in [f for f in running if f.done()]:
                     job = running.pop(future)
@@ -124,6 +133,7 @@ def run_dask(engine: Engine, common: Common, jobs: Sequence[ShardJob]) -> Iterat
 def _outcome(future: Any, job: ShardJob, engine: Engine, deaths: Deaths) -> Done | ImkdError:
     """The result, or the error of a shard that kills its workers. Errors of the shard itself are raised."""
     from distributed import CancelledError, KilledWorker
+    from distributed.client import FuturesCancelledError
 
     try:
         return future.result()  # type: ignore[no-any-return]
@@ -133,13 +143,17 @@ def _outcome(future: Any, job: ShardJob, engine: Engine, deaths: Deaths) -> Done
         if engine.on_death:
             engine.on_death(f"shard {job.shard.label}: {error}")
         return deaths.error(job)
-    except CancelledError as error:
-        raise NoProgressError(
-            "the Dask scheduler lost the task or is gone",
-            rule="dask.lost",
-            shard=job.shard.label,
-            next="run the same command again",
-        ) from error
+    except (CancelledError, FuturesCancelledError) as error:
+        raise _lost(job) from error
+
+
+def _lost(job: ShardJob) -> NoProgressError:
+    return NoProgressError(
+        "the Dask scheduler lost its tasks or is gone",
+        rule="dask.lost",
+        shard=job.shard.label,
+        next="run the same command again",
+    )
 
 
 def _workers(client: Any) -> int:

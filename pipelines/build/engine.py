@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,33 +88,47 @@ def _sync(engine: Engine, common: Common, jobs: Sequence[ShardJob]) -> Iterator[
 
 
 def _threads(engine: Engine, common: Common, jobs: Sequence[ShardJob]) -> Iterator[Done]:
-    """One reader per thread: readers keep small caches of parsed scans and are not asked to be thread-safe."""
-    import threading
+    """Daemon threads: one that hangs cannot keep the program from ending. One reader per thread: readers keep small caches of
+    parsed scans and are not asked to be thread-safe."""
+    todo: queue.SimpleQueue[ShardJob | None] = queue.SimpleQueue()
+    results: queue.SimpleQueue[Done | BaseException] = queue.SimpleQueue()
 
-    local = threading.local()
+    def work() -> None:
+        reader = None
+        while (job := todo.get()) is not None:
+            try:
+                reader = reader or common.spec.reader()
+                results.put(run_opened(common, reader, job, engine.stop))
+            except BaseException as error:
+                results.put(error)
 
-    def work(job: ShardJob) -> Done:
-        if not hasattr(local, "reader"):
-            local.reader = common.spec.reader()
-        return run_opened(common, local.reader, job, engine.stop)
-
-    todo = iter(jobs)
-    with ThreadPoolExecutor(engine.workers, thread_name_prefix="imkd-build") as pool:
-        running: set[Future[Done]] = set()
-        last = time.monotonic()
-        try:
-            while True:
-                while len(running) < engine.workers * 2 and (job := next(todo, None)) is not None:
-                    running.add(pool.submit(work, job))
-                if not running:
-                    return
-                done, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+    for job in jobs:
+        todo.put(job)
+    threads = [threading.Thread(target=work, daemon=True, name=f"imkd-build-{i}") for i in range(engine.workers)]
+    for thread in threads:
+        todo.put(None)
+        thread.start()
+    last = time.monotonic()
+    try:
+        for _ in jobs:
+            result: Done | BaseException | None = None
+            while result is None:
                 engine.stop.check()
-                for future in done:
-                    last = time.monotonic()
-                    yield future.result()
                 engine.stalled(common.out, last)
-        except BaseException:
-            engine.stop.signal = engine.stop.signal or 2
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+                with contextlib.suppress(queue.Empty):
+                    result = results.get(timeout=0.2)
+            last = time.monotonic()
+            if isinstance(result, BaseException):
+                engine.stop.check()
+                raise result
+            yield result
+    except BaseException:
+        engine.stop.signal = engine.stop.signal or 2  # the other threads end at their next sample
+        while not todo.empty():
+            with contextlib.suppress(queue.Empty):
+                todo.get_nowait()
+        for _ in threads:
+            todo.put(None)
+        for thread in threads:
+            thread.join(2)
+        raise

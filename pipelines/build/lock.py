@@ -77,8 +77,12 @@ def build_lock(out: Path, break_lock: bool = False) -> Iterator[None]:
             continue
         except OSError as error:
             raise storage_error(error, path) from error
-        with os.fdopen(fd, "w") as file:
-            json.dump(mine, file, sort_keys=True)
+        try:
+            with os.fdopen(fd, "w") as file:
+                json.dump(mine, file, sort_keys=True)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise storage_error(error, path, 4096) from error
         break
     try:
         yield

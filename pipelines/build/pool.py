@@ -78,7 +78,7 @@ class _Worker:
         self.process = context.Process(target=_serve, args=(theirs, packed, os.getpid()), daemon=True)
         # What is ignored at the start stays ignored in the child: Ctrl-C in a terminal reaches the whole group, also
         # before the child has come far enough to say so itself.
-        with _interrupts_ignored():
+        with _interrupts_ignored(), _quiet_tracker():
             self.process.start()
         theirs.close()
         self.job: ShardJob | None = None
@@ -118,24 +118,32 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextlib.contextmanager
+def _quiet_tracker() -> Iterator[None]:
+    """Python's resource tracker inherits our warning options when it starts. A killed worker leaves a lock of a codec library
+    to it, which it cleans up; its warning about that would only alarm."""
+    option = "ignore:resource_tracker:UserWarning"
+    sys.warnoptions.append(option)
+    try:
+        yield
+    finally:
+        sys.warnoptions.remove(option)
+
+
 def _serve(pipe: Connection, packed: bytes, parent: int) -> None:
     """A worker's life: jobs in, results out, until the pipe closes."""
     ignore_interrupts()
     _die_with_parent(parent)
-    stopped = False
-
-    def on_term(number: int, frame: object) -> None:
-        nonlocal stopped
-        stopped = True
-
-    signal.signal(signal.SIGTERM, on_term)
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
     while True:
         try:
             job = pipe.recv()
         except (EOFError, OSError):
             return
+        stopped.clear()
         try:
-            answer: tuple[str, Any] = ("done", run_job(packed, job, lambda: stopped))
+            answer: tuple[str, Any] = ("done", run_job(packed, job, lambda: bool(stopped)))
         except BaseException as error:
             answer = ("error", _portable(error))
         try:
@@ -191,11 +199,19 @@ def run_pool(engine: Engine, common: Common, jobs: Sequence[ShardJob]) -> Iterat
                 if worker.job is None and todo:
                     worker.give(todo.popleft())
             for worker in _ready(workers):
+                job = worker.job
                 result = _result(worker)
                 if isinstance(result, Done):
                     last = time.monotonic()
                     yield result
+                elif isinstance(result, InterruptedBuildError) and not engine.stop():
+                    # The signal went to the whole group: ours may arrive a moment later; if it does not, go on.
+                    time.sleep(0.2)
+                    engine.stop.check()
+                    if job is not None:
+                        todo.append(job)
                 elif isinstance(result, BaseException):
+                    engine.stop.check()
                     raise result
                 else:
                     last = time.monotonic()

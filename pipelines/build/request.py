@@ -290,7 +290,7 @@ def _available(reader: Reader, names: Sequence[str]) -> tuple[tuple[str, ...], d
         lost: list[str] = []
         try:
             for sample in reader.samples(name):
-                lost += [str(e[0]) for e in reader.input_manifest(sample, everything) if len(e) == 2 and e[1] == -1]
+                reader.input_manifest(sample, everything)
         except SourceMissingError as error:
             lost.append(str(error.details.get("file", error.what)))
         if lost:

@@ -30,8 +30,6 @@ def verify_source(
 ) -> list[Problem]:
     """Recompute ``shards`` random shards and compare every row. Problems have rules source.changed (the raw files differ
     from those of the build) and source.differs (equal raw files, other rows). Writes nothing."""
-    import numpy as np
-
     root = Path(path)
     cache = open_cache(root, fields=fields)
     resolved = resolve(merged(Asked(dataroot=Path(dataroot), reader=reader, fields=list(fields)), root))
@@ -60,9 +58,7 @@ def verify_source(
                 up = {u: rows[u] for u in one.upstream}
                 rows[name] = fresh = one.compute(payload, resolved.recipe, plan.suite, up, {})
                 old = cache.read_parts(name, row) if one.kind == "blob" else cache.read(name, row)
-                same = (
-                    fresh == old if isinstance(fresh, dict) else np.array_equal(fresh, old, equal_nan=fresh.dtype.kind == "f")
-                )
+                same = _equal(fresh, old)
                 if not same:
                     problems.append(
                         Problem(
@@ -75,3 +71,11 @@ def verify_source(
                         )
                     )
     return problems
+
+
+def _equal(a: Stored, b: Stored) -> bool:
+    import numpy as np
+
+    if isinstance(a, dict) or isinstance(b, dict):
+        return isinstance(a, dict) and isinstance(b, dict) and a == b
+    return bool(np.array_equal(a, b, equal_nan=a.dtype.kind == "f"))
