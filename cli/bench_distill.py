@@ -1,0 +1,120 @@
+"""``imkd bench distill``: the four methods against their twins on one synthetic world."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["distill", "seeds_from"]
+
+PATH = click.Path(path_type=Path)
+
+
+def seeds_from(text: str) -> tuple[int, ...]:
+    """``0..5`` or ``0,2,4`` -> whole numbers."""
+    from imkd_data.errors import UsageError
+
+    try:
+        first, dots, last = text.partition("..")
+        seeds = tuple(range(int(first), int(last) + 1)) if dots else tuple(int(s) for s in text.split(","))
+    except ValueError:
+        raise UsageError("seeds are FIRST..LAST or a list", expected="0..5 or 0,1,2", found=text) from None
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UsageError("seeds are FIRST..LAST or a list without repeats", expected="0..5 or 0,1,2", found=text)
+    return seeds
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(n for n in (text or "").split(",") if n)
+
+
+@click.command("distill")
+@click.option("--preset", default="tiny", show_default=True, help="smoke, tiny (CPU) or small (one GPU).")
+@click.option("--seeds", default="0..5", show_default=True)
+@click.option("--out", type=PATH, default=Path("bench/distill"), show_default=True, help="The same command continues it.")
+@click.option("--blocks", default="main", show_default=True, help="main,controls,ablations,defects.")
+@click.option("--methods", help="Only these methods, comma-separated.")
+@click.option("--rows", help="Only these rows and the twins they are compared with.")
+@click.option("--world", type=PATH, help="An existing synthetic tree instead of OUT/world.")
+@click.option("--cache", type=PATH, help="Its cache instead of OUT/cache.")
+@click.option("--materials", default="class", show_default=True, type=click.Choice(["class", "independent"]))
+@click.option("--accelerator", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--engine", default="devkit", show_default=True, type=click.Choice(["devkit", "fast"]))
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Processes that write the world.")
+@click.option("--steps", "steps", multiple=True, metavar="NETWORK=N", help="lidar, label, fusion or student.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Setting of every run.")
+@click.option("--max-runs", type=click.IntRange(min=0), help="Stop after so many new runs.")
+@click.option("--no-admission", is_flag=True, help="Run methods on a world that does not pass; the table says so.")
+@click.option("--docs", type=PATH, help="Also write results.json and results.md there, with the scene bootstrap.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON object.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def distill(
+    preset: str,
+    seeds: str,
+    out: Path,
+    blocks: str,
+    methods: str | None,
+    rows: str | None,
+    world: Path | None,
+    cache: Path | None,
+    materials: str,
+    accelerator: str,
+    engine: str,
+    workers: int,
+    steps: tuple[str, ...],
+    settings: tuple[str, ...],
+    max_runs: int | None,
+    no_admission: bool,
+    docs: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Compare the distillation methods: system gain, distillation gain, controls, ablations, price of defects."""
+    from pipelines.bench_distill import bench_distill
+    from pipelines.run import parse_settings
+
+    def tell(tick: Any) -> None:
+        if not quiet:
+            click.echo(f"[{tick.done}/{tick.total}] {tick.text}", err=True)
+
+    report = bench_distill(
+        out=out,
+        preset=preset,
+        seeds=seeds_from(seeds),
+        blocks=_names(blocks),
+        methods=_names(methods),
+        rows=_names(rows),
+        world=world,
+        cache=cache,
+        materials=materials,
+        accelerator=accelerator,
+        engine=engine,
+        workers=workers,
+        steps={k: _whole(k, v) for k, v in parse_settings(steps).items()},
+        settings=parse_settings(settings),
+        max_runs=max_runs,
+        admission=False if no_admission else None,
+        docs=docs,
+        progress=tell,
+    )
+    if as_json:
+        click.echo(json.dumps(report, allow_nan=False))
+        return
+    for line in report["paired"]:
+        low, high = line["low"], line["high"]
+        interval = "" if low is None else f"  [{low:+.2f}, {high:+.2f}]"
+        click.echo(f"{line['method']:<28}{line['kind']:<14}{line['gain_nds']:+7.2f} NDS{interval}  seeds {len(line['seeds'])}")
+    click.echo(f"tables: {out / 'results.md'}" + (f", {docs / 'results.md'}" if docs else ""))
+
+
+def _whole(name: str, value: str) -> int:
+    from imkd_data.errors import UsageError
+
+    if name not in ("lidar", "label", "fusion", "student") or not value.isdigit() or int(value) < 1:
+        raise UsageError(
+            "--steps is NETWORK=N", expected="lidar, label, fusion or student = 1, 2, ...", found=f"{name}={value}"
+        )
+    return int(value)
