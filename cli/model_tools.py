@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,47 @@ from cli.bench_distill import distill
 __all__ = ["COMMANDS"]
 
 PATH = click.Path(path_type=Path)
+
+
+class DemoScreen:
+    """A bar over all stages on a terminal, one line per finished stage everywhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet, self.tty = quiet, sys.stderr.isatty()
+
+    def __call__(self, event: Any) -> None:
+        if event.kind == "end":
+            clear = "\r\x1b[2K" if self.tty else ""
+            click.echo(f"{clear}[{event.number}/{event.stages}] {event.text}", err=True)
+        elif self.tty and not self.quiet:
+            done = (event.number - 1 + min(1.0, event.share)) / event.stages
+            bar = "#" * round(28 * done)
+            click.echo(f"\r\x1b[2K[{bar:<28}] {100 * done:3.0f} %  {event.stage}  {event.text[:80]}", err=True, nl=False)
+
+
+@click.command()
+@click.option("--out", type=PATH, default=Path("demo"), show_default=True, help="A new folder, or that of an earlier demo.")
+@click.option("--quick", is_flag=True, help="A tiny version for continuous integration; its scores mean nothing.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--workers", type=click.IntRange(min=1), help="Processes for world and cache.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@click.option("--quiet", is_flag=True, help="No bar.")
+def demo(out: Path, quick: bool, seed: int, workers: int | None, as_json: bool, quiet: bool) -> None:
+    """The whole line on a synthetic world: tree, cache, teachers, distilled student, official scores, report."""
+    from pipelines.demo import run_demo
+
+    result = run_demo(out, quick=quick, seed=seed, workers=workers, progress=DemoScreen(quiet))
+    if as_json:
+        value = {
+            "v": 1,
+            "report": str(result.report),
+            "seconds": round(result.seconds, 1),
+            "checkpoints": {k: str(v) for k, v in result.checkpoints.items()},
+            "scores": {k: {"nd_score": v["nd_score"], "mean_ap": v["mean_ap"]} for k, v in result.scores.items()},
+            "stages": [{"name": s.name, "seconds": round(s.seconds, 2), "peak_mb": round(s.peak_mb)} for s in result.stages],
+        }
+        click.echo(json.dumps(value))
+    click.echo(f"{result.seconds:.0f} s; open {result.report}", err=True)
 
 
 @click.command("import")
