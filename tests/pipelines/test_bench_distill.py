@@ -1,0 +1,151 @@
+"""The benchmark's plan, admission, resume and report; training and scoring are replaced by arithmetic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import pipelines.bench_distill as bench
+from imkd_data.errors import MismatchError, UsageError
+from imkd_models.distill import METHODS
+from pipelines.bench_report import admission_test
+from pipelines.bench_rows import ABLATIONS, BLOCKS, all_rows, rows_of
+
+GAIN = {"teacher_lidar": 20.0, "teacher_fusion": 21.0, "camera_only": -5.0, "radar_only": -12.0, "imkd": 3.0, "crkd": 1.0}
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """Scores are 40 + gain of the row + seed / 10; every training and scoring is counted."""
+    calls: dict[str, Any] = {"trained": [], "out": tmp_path / "bench", "base": 40.0}
+
+    def train(run: Any, cache: Any, out: Path, teachers: Any, **rest: Any) -> Any:
+        calls["trained"].append((out.parent.name, out.parent.parent.name))
+        calls.setdefault("teachers", {})[out.parent.parent.name] = sorted(teachers)
+        folder = out / "step-1.ckpt"
+        folder.mkdir(parents=True)
+        (folder / "checkpoint.json").write_text(json.dumps({"weights_sha256": out.as_posix()}))
+        (out / "last.ckpt").symlink_to(folder.name)
+        return SimpleNamespace(step=run.max_steps, losses={"det": 1.0})
+
+    def score(b: Any, checkpoint: Path, folder: Path) -> dict[str, Any]:
+        name = folder.name if folder.parent.name == "teachers" else folder.parent.relative_to(b.out / "runs").as_posix()
+        seed = int(folder.name[4:]) if folder.name.startswith("seed") else 0
+        name = f"teacher_{name}" if folder.parent.name == "teachers" else name
+        nds = calls["base"] + GAIN.get(name, 0.0) + seed / 10 + (seed % 2) * 0.05 * len(name)
+        rings = [{"from_m": a, "to_m": a + 10.0, "map": 50.0 - a} for a in (0.0, 20.0, 30.0)]
+        return {"nds": nds, "map": nds / 2, "errors": dict.fromkeys(bench.ERRORS.values(), 0.5), "map_by_range": rings}
+
+    monkeypatch.setattr("pipelines.train.train", train)
+    monkeypatch.setattr(bench, "_score", score)
+    monkeypatch.setattr(bench, "make_world", lambda *a: tmp_path)
+    monkeypatch.setattr(bench, "make_cache", lambda *a: tmp_path)
+    monkeypatch.setattr("imkd_data.open_cache", lambda path: SimpleNamespace(id="cache"))
+    return calls
+
+
+def _run(fake: dict[str, Any], **values: Any) -> dict[str, Any]:
+    return bench.bench_distill(**{"out": fake["out"], "preset": "tiny", "seeds": (0, 1, 2), "accelerator": "cpu", **values})
+
+
+def test_every_row_is_a_valid_method_and_has_its_twin() -> None:
+    rows = {r.name: r for r in all_rows()}
+    assert len(rows) == len(all_rows())
+    for row in rows.values():
+        assert row.twin is None or row.twin in rows
+        if row.method:
+            METHODS[row.method].make_options(row.options)
+    assert set(ABLATIONS) == set(METHODS) and {r.block for r in rows.values()} == set(BLOCKS)
+    for method in METHODS.values():
+        a, b = (method.changes(method.make_options(o)) for o in ({}, method.twin_options))
+        assert a == b, "the twin is the same network"
+
+
+def test_baselines_run_first_then_seed_by_seed() -> None:
+    order = [(r.name, s) for r, s in bench._order(rows_of(("main",)), (0, 1))]
+    baselines = [c for c in order if c[0] in ("plain", "camera_only", "radar_only")]
+    assert order[:4] == baselines and baselines[-1] == ("plain", 1)
+    methods = [s for _, s in order[4:]]
+    assert methods == sorted(methods)
+
+
+def test_table_holds_both_gains_with_intervals_and_holm(fake: dict[str, Any]) -> None:
+    report = _run(fake, docs=fake["out"] / "docs")
+    gains = {(p["method"], p["kind"]): p for p in report["paired"]}
+    assert gains["imkd", "distillation"]["against"] == "imkd_twin" and gains["imkd", "system"]["against"] == "plain"
+    assert gains["imkd", "distillation"]["gain_nds"] == pytest.approx(3.0, abs=0.2)
+    assert gains["imkd", "distillation"]["low"] < 3.0 < gains["imkd", "distillation"]["high"] + 0.2
+    assert gains["imkd", "distillation"]["gap_closed"] == pytest.approx(3.0 / 20, abs=0.02)
+    assert gains["imkd", "distillation"]["p_holm"] is not None and gains["imkd", "system"]["p_holm"] is None
+    assert gains["imkd", "system"]["published_gain_nds"] == 5.0 and gains["crkd", "distillation"]["seeds"] == [0, 1, 2]
+    assert {"method", "twin", "seed", "nds", "map", "errors"} <= set(report["rows"][0])
+    saved = json.loads((fake["out"] / "docs" / "results.json").read_text())
+    assert saved == report and "| imkd | distillation | imkd_twin |" in (fake["out"] / "docs" / "results.md").read_text()
+    assert report["spread"]["seeds"] == 3 and report["spread"]["fine_enough"]
+
+
+def test_each_run_gets_exactly_its_teachers(fake: dict[str, Any]) -> None:
+    _run(fake, seeds=(0,))
+    given = fake["teachers"]
+    assert given["imkd"] == ["label", "lidar"] and given["crkd"] == ["fusion"] and given["dual_distill"] == ["lidar"]
+    assert given["imkd_twin"] == [] and given["dual_distill_twin"] == ["lidar"] and given["plain"] == []
+
+
+def test_finished_runs_are_never_repeated_and_a_stop_is_continued(fake: dict[str, Any]) -> None:
+    first = _run(fake, max_runs=3)
+    after_three = len(fake["trained"])
+    assert len([r for r in first["rows"] if r["kind"] != "teacher"]) == 3
+    whole = _run(fake)
+    again = _run(fake)
+    assert again == whole and len(fake["trained"]) == len(set(fake["trained"])) > after_three
+
+
+def test_other_settings_in_the_same_folder_are_refused(fake: dict[str, Any]) -> None:
+    _run(fake, seeds=(0,), rows=("plain",))
+    with pytest.raises(MismatchError, match="other settings"):
+        _run(fake, seeds=(0,), rows=("plain",), steps={"student": 7})
+
+
+def test_methods_wait_for_admission(fake: dict[str, Any]) -> None:
+    fake["base"] = 10.0
+    with pytest.raises(UsageError, match="admission") as caught:
+        _run(fake, seeds=(0,))
+    assert "plain student" in str(caught.value) and caught.value.code == 2
+    assert not any(row == "imkd" for _, row in fake["trained"])
+    report = _run(fake, seeds=(0,), admission=False)
+    assert report["admission"]["passed"] is False and any(p["method"] == "imkd" for p in report["paired"])
+
+
+def test_admission_names_each_check() -> None:
+    def score(row: str, nds: float, rings: tuple[float, ...] = (50.0, 30.0, 10.0)) -> dict[str, Any]:
+        return {"row": row, "seed": 0, "nds": nds, "map_by_range": [{"map": r} for r in rings]}
+
+    good = [score("plain", 40), score("teacher_lidar", 49), score("camera_only", 35), score("radar_only", 20)]
+    assert admission_test(good)["passed"]
+    for i, worse in ((0, 20), (0, 70), (1, 47), (2, 41), (3, 45)):
+        bad = [*good]
+        bad[i] = score(good[i]["row"], worse)
+        assert not admission_test(bad)["passed"]
+    assert not admission_test([score("plain", 40, (30.0, 50.0, 10.0)), *good[1:]])["passed"]
+    assert not admission_test([])["passed"]
+
+
+def test_unknown_names_are_refused(fake: dict[str, Any]) -> None:
+    for values in (
+        {"preset": "huge"},
+        {"blocks": ("extra",)},
+        {"methods": ("nothing",)},
+        {"rows": ("nowhere",)},
+        {"seeds": ()},
+    ):
+        with pytest.raises(UsageError):
+            _run(fake, **values)
+
+
+def test_chosen_rows_bring_their_twins() -> None:
+    names = [r.name for r in rows_of(("main",), (), ("crkd+divide_by_batch",))]
+    assert names == ["plain", "crkd_twin", "crkd", "crkd+divide_by_batch"]
