@@ -149,3 +149,13 @@ def test_unknown_names_are_refused(fake: dict[str, Any]) -> None:
 def test_chosen_rows_bring_their_twins() -> None:
     names = [r.name for r in rows_of(("main",), (), ("crkd+divide_by_batch",))]
     assert names == ["plain", "crkd_twin", "crkd", "crkd+divide_by_batch"]
+
+
+@pytest.mark.slow
+def test_the_smoke_preset_runs_for_real_and_continues(tmp_path: Path) -> None:
+    """World, cache, teachers, one method and its twin, two steps each: about a minute; the second call reads only."""
+    values: dict[str, Any] = {"out": tmp_path, "preset": "smoke", "seeds": (0,), "rows": ("imkd",), "accelerator": "cpu"}
+    first = bench.bench_distill(**values)
+    assert {r["method"] for r in first["rows"]} == {"teacher_lidar", "plain", "imkd_twin", "imkd"}
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("score.json")}
+    assert bench.bench_distill(**values) == first and all(p.stat().st_mtime_ns == t for p, t in stamps.items())
