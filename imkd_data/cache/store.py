@@ -48,7 +48,7 @@ def open_cache(
     """Open a finished cache for reading; needs no raw data.
 
     Args:
-        path: the cache folder.
+        path: the cache folder, or a URL that fsspec knows (``http://...``, ``s3://...``): see ``remote.open_remote``.
         check: compare the size of every data file with the manifest (one stat per file).
         fields: fields of your own that the cache holds, for ``decode``.
         only: limit ``check`` to these fields.
@@ -57,6 +57,10 @@ def open_cache(
         CacheDamageError: no manifest (says how much is built), or missing, short or foreign files.
         MismatchError: written by a newer version.
     """
+    if isinstance(path, str) and "://" in path:
+        from imkd_data.cache.remote import open_remote
+
+        return open_remote(path, fields=fields)
     cache = Cache(Path(path), tuple(fields))
     if check:
         cache.check_sizes(only)
@@ -418,12 +422,14 @@ class Cache:
                     next=f"imkd-data build --out {self.path} --update",
                 )
             return self.read(field, row)
-        values = one.decode(self.read(field, row), self.recipe, self.suite)
+        value = self.read(field, row)
         count = self.attributes(field).get("count_field") if one.kind == "array" else None
-        if count:
-            counts = self._read_array(count, row)
-            return [v[: int(n)] for v, n in zip(values, counts, strict=True)]
-        return values
+        if not count:
+            return one.decode(value, self.recipe, self.suite)
+        counts = self._read_array(count, row)
+        # Only slots that some camera fills are decoded; then every camera gets its own number of them.
+        values = one.decode(value[..., : int(counts.max(initial=0))], self.recipe, self.suite)
+        return [v[: int(n)] for v, n in zip(values, counts, strict=True)]
 
     def attributes(self, field: str) -> dict[str, Any]:
         """The array's attributes (frame, units, scale, columns, cameras, ...); for blobs what the field declares."""
@@ -521,3 +527,7 @@ class _File:
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
+
+    def __del__(self) -> None:  # dropped by an eviction: closes with its last reader
+        if getattr(self, "_fd", None) is not None:
+            self.close()

@@ -105,10 +105,15 @@ def decode_depth(points: NDArray[np.uint16], count: NDArray[np.uint16]) -> list[
 
 
 def _decode_uvd(uvd: NDArray[np.uint16]) -> NDArray[np.float32]:
-    out = np.empty((uvd.shape[1], 3), dtype=np.float32)
-    out[:, :2] = (uvd[:2].T + 0.5) / UV_STEPS_PER_PX - 0.5
-    out[:, 2] = (uvd[2] + 0.5) / DEPTH_STEPS_PER_M
-    return out
+    # Codes have 16 bits and steps are powers of two: float32 is exact here.
+    out = uvd.astype(np.float32)
+    out += np.float32(0.5)
+    out *= _STEP
+    out[:2] -= np.float32(0.5)
+    return np.ascontiguousarray(out.T)
+
+
+_STEP = np.array([[1 / UV_STEPS_PER_PX], [1 / UV_STEPS_PER_PX], [1 / DEPTH_STEPS_PER_M]], dtype=np.float32)
 
 
 def _decode_all(value: NDArray[np.uint16], recipe: Recipe, suite: SensorSuite) -> list[NDArray[np.float32]]:

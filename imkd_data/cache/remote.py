@@ -1,0 +1,285 @@
+"""A cache at a URL (any fsspec file system: file, http, s3, ...): whole shards stream into a bounded local store.
+
+The store keeps one folder per manifest, ``STORE/<sha256 of manifest.json>``, with the files under their own relative names.
+A file arrives under a dot name, is compared with the sha256 of its receipt (which the manifest seals), and is published by
+rename: what has its final name is whole. Evicted is only what was fetched, least recently opened first. No lock is taken:
+two workers that fetch the same shard publish equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from imkd_data.cache import layout
+from imkd_data.cache.commit import sha256_hex, storage_error
+from imkd_data.cache.receipt import parse_json
+from imkd_data.cache.store import Cache, _File
+from imkd_data.errors import CacheDamageError, ImkdError, StorageError, UsageError
+from imkd_data.fields.base import CacheField
+
+__all__ = ["RemoteCache", "default_store", "is_url", "open_remote"]
+
+T = TypeVar("T")
+
+DEFAULT_LIMIT = 200 * 2**30
+MARKER = ".imkd-store"
+ATTEMPTS = 5
+READ_TIMEOUT_S = 60.0
+CHUNK = 1 << 20
+
+
+def is_url(path: object) -> bool:
+    """Whether a path names a remote cache: ``http://...``, ``s3://...``, ``file://...``."""
+    return isinstance(path, str) and "://" in path
+
+
+def default_store() -> Path:
+    """``$IMKD_STORE``, else ``imkd/store`` in the user's cache folder."""
+    named = os.environ.get("IMKD_STORE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imkd" / "store"
+
+
+def open_remote(
+    url: str,
+    *,
+    store: Path | str | None = None,
+    limit_bytes: int = DEFAULT_LIMIT,
+    fields: Iterable[CacheField] = (),
+    timeout_s: float = READ_TIMEOUT_S,
+) -> RemoteCache:
+    """Open a cache at a URL. Metadata is fetched now, shards when a row of them is first read.
+
+    store: folder of the local copies, default ``default_store()``. limit_bytes: shards kept there by this cache.
+
+    Raises:
+        StorageError: the server does not answer, after bounded retries. CacheDamageError: what arrives is not what the
+        manifest says. UsageError: no support for this kind of URL is installed.
+    """
+    source = _Source(url.rstrip("/"), timeout_s)
+    manifest = source.read("manifest.json", lambda data: parse_json(data, Path("manifest.json")) and None)
+    folder = Path(store or default_store()) / sha256_hex(manifest)
+    _claim(folder)
+    _publish(folder / "manifest.json", manifest)
+    value = parse_json(manifest, folder / "manifest.json")
+    seals = {"recipe.json": value["recipe_sha256"], "NOTICE": value["notice_sha256"], "index.parquet": value["index_sha256"]}
+    seals["arrays.zarr/zarr.json"] = value["group_sha256"]
+    for name, entry in value["fields"].items():
+        if "zarr_json_sha256" in entry:
+            seals[f"arrays.zarr/{name}/zarr.json"] = entry["zarr_json_sha256"]
+    for name, seal in seals.items():
+        _safe_name(name)
+        if not (folder / name).is_file():
+            _publish(folder / name, source.read(name, _sealed(seal, name)))
+    return RemoteCache(url, Path(store or default_store()), limit_bytes, timeout_s, folder, tuple(fields), source)
+
+
+def _safe_name(name: str) -> None:
+    if name.startswith(("/", "\\")) or ".." in name.split("/") or "\0" in name:
+        raise CacheDamageError("the manifest names a path outside the cache", rule="manifest.path", found=name)
+
+
+def _sealed(seal: str, name: str) -> Callable[[bytes], None]:
+    def check(data: bytes) -> None:
+        if sha256_hex(data) != seal:
+            raise CacheDamageError(
+                "what arrived is not what the manifest says", rule="remote.sha256", file=name, expected=f"sha256 {seal[:16]}"
+            )
+
+    return check
+
+
+def _claim(folder: Path) -> None:
+    """Make the folder ours; a folder that somebody else made is left alone."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / MARKER).exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
+            raise UsageError("the store's folder holds something else", found=str(folder), next="set IMKD_STORE")
+        (folder / MARKER).touch()
+    except OSError as error:
+        if isinstance(error, ImkdError):
+            raise
+        raise storage_error(error, folder) from error
+
+
+def _publish(path: Path, data: bytes) -> None:
+    if path.is_file() and path.read_bytes() == data:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+class _Source:
+    """The far side: reads of whole files with bounded retries, jitter, and a limit on silence."""
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        import fsspec
+
+        self.url, self.timeout_s = url, timeout_s
+        self.shown = re.sub(r"//[^/@]*@", "//", url)  # no credentials in messages
+        protocol = url.split("://", 1)[0]
+        options: dict[str, Any] = {"skip_instance_cache": True}
+        if protocol in ("http", "https"):
+            import aiohttp
+
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
+            options["client_kwargs"] = {"timeout": timeout}
+        if protocol == "s3":
+            options["config_kwargs"] = {"read_timeout": timeout_s, "connect_timeout": timeout_s}
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(url, **options)
+        except (ImportError, ValueError) as error:
+            raise UsageError(
+                f"no support for {protocol}:// is installed", found=str(error)[:200], next="pip install 'imkd[remote]'"
+            ) from error
+
+    def _try(self, name: str, action: Callable[[], T]) -> T:
+        """Run ``action`` up to ATTEMPTS times; wrong bytes are retried too, they may be a proxy's."""
+        last: Exception | None = None
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(min(8.0, 0.2 * 2**attempt) * (0.5 + random.random()))
+            try:
+                return action()
+            except (UsageError, KeyboardInterrupt):
+                raise
+            except Exception as error:  # every library has its own network errors
+                if isinstance(error, StorageError):  # our own disk
+                    raise
+                last = error
+        if isinstance(last, CacheDamageError):
+            raise CacheDamageError(
+                f"{last.what}, {ATTEMPTS} times",
+                **{**last.details, "file": f"{self.shown}/{name}", "next": "imkd-data verify at the source"},
+            ) from last
+        raise StorageError(
+            "a file of the remote cache could not be read",
+            rule="remote.read",
+            file=f"{self.shown}/{name}",
+            expected=f"an answer within {ATTEMPTS} attempts",
+            found=f"{type(last).__name__}: {str(last)[:160]}",
+            next="check the server, then run the same command again",
+        ) from last
+
+    def read(self, name: str, check: Callable[[bytes], None]) -> bytes:
+        """A small file, checked."""
+
+        def once() -> bytes:
+            data: bytes = self.fs.cat_file(f"{self.root}/{name}")
+            check(data)
+            return data
+
+        return self._try(name, once)
+
+    def download(self, name: str, target: Path, *, size: int, sha256: str) -> None:
+        """A data file into ``target``, streamed to a dot name beside it, checked, renamed."""
+
+        def once() -> None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")
+            try:
+                self.fs.get_file(f"{self.root}/{name}", str(partial))
+                _check_file(partial, name, size, sha256)
+                try:
+                    os.replace(partial, target)
+                except OSError as error:
+                    raise storage_error(error, target) from error
+            finally:
+                partial.unlink(missing_ok=True)
+
+        self._try(name, once)
+
+
+def _check_file(path: Path, name: str, size: int, sha256: str) -> None:
+    found = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(CHUNK):
+            digest.update(block)
+    if found != size or digest.hexdigest() != sha256:
+        raise CacheDamageError(
+            "a shard arrived damaged",
+            rule="remote.sha256",
+            file=name,
+            expected=f"{size:,} bytes, sha256 {sha256[:16]}",
+            found=f"{found:,} bytes, sha256 {digest.hexdigest()[:16]}",
+        )
+
+
+class RemoteCache(Cache):
+    """A ``Cache`` whose shards are fetched when they are first needed. ``url`` is where from; ``path`` is the local folder."""
+
+    def __init__(
+        self,
+        url: str,
+        store: Path,
+        limit_bytes: int,
+        timeout_s: float,
+        folder: Path,
+        own_fields: tuple[CacheField, ...],
+        source: _Source,
+    ) -> None:
+        self.url, self.store, self.limit_bytes, self.timeout_s = url, store, limit_bytes, timeout_s
+        self._source = source
+        super().__init__(folder, own_fields)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.url, str(self.store), self.limit_bytes, self._own_fields, self.timeout_s)
+
+    def check_sizes(self, only: Any = None) -> None:
+        """Nothing to compare yet: every shard is checked by sha256 when it arrives."""
+
+    def _file(self, name: str, number: int) -> _File:
+        found = self._files.get((name, number))
+        if found is not None:
+            return found
+        path = self._path(name, number)
+        if not path.is_file():
+            self._fetch(name, number, path)
+        os.utime(path)  # opened just now: evicted last
+        return super()._file(name, number)
+
+    def _fetch(self, name: str, number: int, path: Path) -> None:
+        size, _, _, seal = self.manifest["fields"][name]["shards"][number]
+        relative = layout.receipt_path(Path(), name, number).as_posix()
+        receipt = parse_json(self._source.read(relative, _sealed(seal, relative)), Path(relative))
+        self._make_room(int(size))
+        self._source.download(str(path.relative_to(self.path)), path, size=int(size), sha256=receipt["sha256"])
+
+    def _make_room(self, needed: int) -> None:
+        """Remove the least recently opened shards until ``needed`` more bytes fit."""
+        files = []
+        for name in self.fields:
+            for number in range(len(self.shards)):
+                path = self._path(name, number)
+                try:
+                    stat = path.stat()
+                except OSError:
+                    continue
+                files.append((stat.st_mtime_ns, stat.st_size, (name, number), path))
+        total = sum(size for _, size, _, _ in files)
+        for _, size, key, path in sorted(files, key=lambda f: f[0]):
+            if total + needed <= self.limit_bytes:
+                return
+            path.unlink(missing_ok=True)  # open descriptors of other workers stay readable
+            with self._lock:
+                self._files.pop(key, None)  # the descriptor closes with its last reader
+            total -= size
+
+
+def _reopen(url: str, store: str, limit_bytes: int, fields: tuple[CacheField, ...], timeout_s: float) -> RemoteCache:
+    return open_remote(url, store=store, limit_bytes=limit_bytes, fields=fields, timeout_s=timeout_s)
