@@ -204,7 +204,7 @@ def pool_views(maps: list[Tensor], cells: Frustum, grid: BevGrid, batch: int, *,
     values = torch.cat([m.float() for m in maps], dim=1).permute(0, 2, 3, 1).flatten(0, 2)
     num_cells = batch * grid.ny * grid.nx
     flat = bev_pool(values, cells.cell_NDW.flatten(), num_cells, uncounted_gradient="pool_grad:uncounted" in parity)
-    return flat.view(batch, grid.ny, grid.nx, -1).permute(0, 3, 1, 2).contiguous()
+    return flat.view(batch, grid.ny, grid.nx, -1).permute(0, 3, 1, 2)
 
 
 def depth_targets(depth_BVHW: Tensor, config: StudentConfig) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ class PillarEncoder(nn.Module):
             canvas = pillar_max(x, cell, num + 1)[:-1]
             if self.config.points_per_pillar:
                 canvas = self._with_padding(canvas, cell, num)
-        return canvas.view(batch, grid.ny, grid.nx, -1).permute(0, 3, 1, 2).contiguous()
+        return canvas.view(batch, grid.ny, grid.nx, -1).permute(0, 3, 1, 2)
 
     def _features(self, lidar: PointBatch, num: int, *, select: bool = True) -> tuple[Tensor, Tensor]:
         """Point features and their pillar; points outside are left out (select) or get pillar ``num``."""

@@ -110,7 +110,7 @@ class PerspectiveRadarEncoder(nn.Module):
         batch, views = bev_from_camera_BV44.shape[:2]
         canvas = self._canvas(radar, slot, image_from_camera_BV33, bev_from_camera_BV44, bev_from_ego_B44)
         rows, columns = self._plane()
-        x = canvas.view(batch * views, rows, columns, -1).permute(0, 3, 1, 2).contiguous()
+        x = canvas.view(batch * views, rows, columns, -1).permute(0, 3, 1, 2)
         x = self.neck(self.backbone(x))
         return self.context(x), self.occupancy(x)
 
@@ -259,7 +259,7 @@ class BevRadarEncoder(nn.Module):
         grid = self.config.grid
         with torch.autocast(radar.xyz_m.device.type, enabled=False):
             canvas = self._canvas(radar, slot, batch, grid)
-        return self.convs(canvas.view(batch, grid.ny, grid.nx, -1).permute(0, 3, 1, 2).contiguous())
+        return self.convs(canvas.view(batch, grid.ny, grid.nx, -1).permute(0, 3, 1, 2))
 
     def _canvas(self, radar: PointBatch, slot: int, batch: int, grid: BevGrid) -> Tensor:
         points = at_key_time(radar, slot)
