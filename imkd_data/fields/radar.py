@@ -8,18 +8,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from imkd_data.errors import UsageError
 from imkd_data.fields.base import CacheField, Stored
 from imkd_data.fields.codec import array_from_part, part_from_array
 from imkd_data.recipe import Recipe
 from imkd_data.sample import Payload, SensorSuite
 
-__all__ = ["RADAR_FIELDS", "radar_rows", "radar_steps"]
+__all__ = ["RADAR_FIELDS", "RADAR_FILTERS", "radar_filter_mask", "radar_rows", "radar_steps"]
 
 _FIRST = ("x", "y", "z", "vx", "vy", "vx_comp", "vy_comp", "rcs")
 _PAIRS = (("vx", "vy"), ("vx_comp", "vy_comp"))
 _STEP = {"x": 0.01, "y": 0.01, "z": 0.01, "rcs": 0.5} | {c: 1 / 256 for pair in _PAIRS for c in pair}
 _ADDED = ("sensor", "sweep", "age")
 PART = "radar_points.npy.zst"
+
+# Filters at load time by name: column -> values that are kept. A data set without the column has nothing to filter by it.
+RADAR_FILTERS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "none": {},
+    "devkit": {"invalid_state": (0,), "dyn_prop": (0, 1, 2, 3, 4, 5, 6), "ambig_state": (3,)},
+    "crn": {"invalid_state": (0, 4, 8, 9, 10, 11, 12, 15, 16, 17), "ambig_state": (3,)},
+}
 
 
 def radar_rows(suite: SensorSuite) -> tuple[str, ...]:
@@ -32,6 +40,20 @@ def radar_steps(suite: SensorSuite) -> NDArray[np.float64]:
     """(rows,) physical size of one stored step: metres, m/s, dB, raw states 1, age in seconds."""
     known = {**_STEP, "age": 0.001, **suite.radar_steps}
     return np.array([known.get(c, 1.0) for c in radar_rows(suite)])
+
+
+def radar_filter_mask(columns: Mapping[str, NDArray[Any]], name: str) -> NDArray[np.bool_]:
+    """(P,) true for points that the named filter keeps. A pure function of the columns: no global switch.
+
+    Raises UsageError for an unknown name.
+    """
+    if name not in RADAR_FILTERS:
+        raise UsageError("unknown radar filter", rule="radar.filter", expected=", ".join(RADAR_FILTERS), found=name)
+    keep = np.ones(len(next(iter(columns.values()))), dtype=bool)
+    for column, values in RADAR_FILTERS[name].items():
+        if column in columns:
+            keep &= np.isin(columns[column], values)
+    return keep
 
 
 def _physical(payload: Payload, suite: SensorSuite) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from imkd_data.errors import MismatchError, MissingFeatureError, RecipeError, UsageError
+from imkd_data.fields.radar import RADAR_FILTERS
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.augment import IDENTITY, AugmentConfig
 
@@ -29,13 +30,6 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 }
 _PART_OF = {"depth_points": "depth", "depth_count": "depth", **dict.fromkeys(PLANES, "intensity_planes")}
 _ALWAYS = ("camera_calibration",)
-
-# Radar filters by name: column -> values that are kept. A data set without the column has nothing to filter by it.
-RADAR_FILTERS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
-    "none": {},
-    "devkit": {"invalid_state": (0,), "dyn_prop": (0, 1, 2, 3, 4, 5, 6), "ambig_state": (3,)},
-    "crn": {"invalid_state": (0, 4, 8, 9, 10, 11, 12, 15, 16, 17), "ambig_state": (3,)},
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,13 +114,18 @@ class NuScenesTables:
     sample_scene: I32
     sample_prev: I32
     channels: list[str]
+    sensor_token: list[str]
+    visibility_token: list[str]
+    attribute_token: list[str]
     cal_token: list[str]
     cal_channel: I32
+    cal_quaternion: F64
     cal_rotation: F64
     cal_translation: F64
     cal_norm: F64
     cal_intrinsic: list[Any]
     pose_token: pa.Array
+    pose_timestamp: I64
     pose_quaternion: F64
     pose_translation: F64
     data_token: pa.Array
@@ -131,6 +136,7 @@ class NuScenesTables:
     data_prev: I32
     data_timestamp: I64
     data_hw: I32
+    data_is_key: NDArray[np.bool_]
     key_row: I32
     ann_token: pa.Array
     ann_instance_token: pa.Array
@@ -268,7 +274,8 @@ def _resolve(folder: Path, raw: dict[str, pa.Table]) -> NuScenesTables:
 
     location = texts("log", "location")
     channels = texts("sensor", "channel")
-    cal_rotation, cal_norm = _rotations(vectors("calibrated_sensor", "rotation", 4))
+    cal_quaternion = vectors("calibrated_sensor", "rotation", 4)
+    cal_rotation, cal_norm = _rotations(cal_quaternion)
     ann_sample = numbers("sample_annotation", "sample_token")
     order = np.argsort(ann_sample, kind="stable")
     size = [pc.fill_null(raw["sample_data"][c], 0).to_numpy() for c in ("height", "width")]
@@ -284,7 +291,11 @@ def _resolve(folder: Path, raw: dict[str, pa.Table]) -> NuScenesTables:
         sample_scene=numbers("sample", "scene_token"),
         sample_prev=numbers("sample", "prev"),
         channels=channels,
+        sensor_token=texts("sensor", "token"),
+        visibility_token=texts("visibility", "token"),
+        attribute_token=texts("attribute", "token"),
         cal_token=texts("calibrated_sensor", "token"),
+        cal_quaternion=cal_quaternion,
         cal_channel=numbers("calibrated_sensor", "sensor_token"),
         cal_rotation=cal_rotation,
         cal_translation=vectors("calibrated_sensor", "translation", 3),
@@ -292,6 +303,7 @@ def _resolve(folder: Path, raw: dict[str, pa.Table]) -> NuScenesTables:
         cal_intrinsic=raw["calibrated_sensor"]["camera_intrinsic"].to_pylist(),
         pose_quaternion=vectors("ego_pose", "rotation", 4),
         pose_translation=vectors("ego_pose", "translation", 3),
+        pose_timestamp=numbers("ego_pose", "timestamp"),
         pose_token=tokens("ego_pose"),
         data_token=tokens("sample_data"),
         data_filename=tokens("sample_data", "filename"),
@@ -300,6 +312,7 @@ def _resolve(folder: Path, raw: dict[str, pa.Table]) -> NuScenesTables:
         data_cal=numbers("sample_data", "calibrated_sensor_token"),
         data_prev=numbers("sample_data", "prev"),
         data_timestamp=numbers("sample_data", "timestamp"),
+        data_is_key=np.asarray(raw["sample_data"]["is_key_frame"].to_numpy(), dtype=bool),
         data_hw=np.stack(size, axis=1).astype(np.int32),
         key_row=key_row,
         ann_order=order,

@@ -411,3 +411,18 @@ def test_another_data_set_has_its_own_rows(tmp_path: Path) -> None:
     assert list(fields["images"].unpack(row["images"], suite)) == ["EYE_LEFT", "EYE_RIGHT"]
     boxes = fields["boxes"].decode(row["boxes"], recipe, suite)
     np.testing.assert_allclose(boxes.centre_m, sample.boxes.centre_m, atol=1e-6)
+
+
+def test_F13_a_filter_that_leaves_nothing(payload: Payload, row: dict[str, Any]) -> None:
+    """Empty is a valid result, and filters are functions: no order of use changes another's result."""
+    from imkd_data.fields.radar import RADAR_FILTERS, radar_filter_mask
+
+    radar = decoded("radar_points", row, recipe_for())
+    before = {name: radar_filter_mask(radar, name).tolist() for name in RADAR_FILTERS}
+    assert all(before["none"]) and not all(before["crn"])
+    nothing = {**radar, "ambig_state": np.zeros(len(radar["x"]))}
+    assert not radar_filter_mask(nothing, "devkit").any()
+    after = {name: radar_filter_mask(radar, name).tolist() for name in reversed(RADAR_FILTERS)}
+    assert before == after
+    with pytest.raises(UsageError, match="unknown radar filter"):
+        radar_filter_mask(radar, "all")
