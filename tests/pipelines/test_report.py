@@ -283,7 +283,10 @@ def test_report_in_a_browser(report: Path, tmp_path: Path) -> None:
       out.requests = performance.getEntriesByType("resource").filter((e) => !e.name.startsWith("data:")).length;
       out.ready = document.documentElement.dataset.ready;
       out.title = document.title;
-      document.body.insertAdjacentHTML("beforeend", '<div id="probe">' + JSON.stringify(out) + "</div>");
+      const probe = document.createElement("pre");
+      probe.id = "probe";
+      probe.textContent = JSON.stringify(out);
+      document.body.append(probe);
     """
     digest = base64.b64encode(hashlib.sha256(driver.encode()).digest()).decode()
     listen = PROBE.strip()[len("<script>") : -len("</script>")]
@@ -301,7 +304,7 @@ def test_report_in_a_browser(report: Path, tmp_path: Path) -> None:
         check=True,
     )
     assert "CONSOLE" not in done.stderr
-    found = re.findall(r'<div id="probe">(\{.*?\})</div>', done.stdout)
+    found = re.findall(r'<pre id="probe">(\{.*?\})</pre>', done.stdout)
     assert found, done.stdout[-500:]
     value = json.loads(found[-1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
     assert value["sorted"] and value["themes"] and value["ready"] == "yes" and value["requests"] == 0
