@@ -279,6 +279,10 @@ def _train_and_score(
     }
     if run.model.get("kind") != "label":
         score |= _score(bench, checkpoint, folder)
+    if facts["kind"] in ("method", "control"):
+        from pipelines.bench_probe import probe_terms
+
+        score["probe"] = probe_terms(run, bench.cache, checkpoint, teachers, device=bench.device)
     write_json(done, score)
     return score
 

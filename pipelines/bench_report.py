@@ -131,6 +131,15 @@ def _costs(scores: Sequence[Score]) -> list[dict[str, Any]]:
     return out
 
 
+def _pull(rows: Mapping[str, Mapping[int, Score]]) -> list[dict[str, Any]]:
+    """Each term's gradient at bev_fused relative to the task's, first seed, at the end of training."""
+    out = []
+    for name, runs in rows.items():
+        shares = runs[min(runs)].get("probe", {}).get("share_of_task", {})
+        out += [{"row": name, "term": term, "share_of_task": share} for term, share in shares.items()]
+    return out
+
+
 def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None) -> dict[str, Any]:
     """Read every score under ``out`` and write ``results.json`` and ``results.md`` there, and in ``docs`` if given.
 
@@ -184,6 +193,7 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
         ],
         "paired": known,
         "costs": _costs(scores),
+        "pull": _pull(rows),
     }
     text = markdown(report)
     for folder in [out, *([Path(docs)] if docs is not None else [])]:
@@ -284,6 +294,9 @@ def markdown(report: Mapping[str, Any]) -> str:
             for c in report["costs"]
         ],
     )
+    if report["pull"]:
+        out += ["## Pull of the terms", "", "Gradient norm at `bev_fused` relative to the task's, at the end of training.", ""]
+        out += _table(("row", "term", "share"), [(p["row"], p["term"], _show(p["share_of_task"], 3)) for p in report["pull"]])
     return "\n".join(out)
 
 

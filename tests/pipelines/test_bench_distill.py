@@ -42,6 +42,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
 
     monkeypatch.setattr("pipelines.train.train", train)
     monkeypatch.setattr(bench, "_score", score)
+    probe = {"share_of_task": {"l2r": 0.25}, "diagnostics": {}}
+    monkeypatch.setattr("pipelines.bench_probe.probe_terms", lambda *a, **k: probe)
     monkeypatch.setattr(bench, "make_world", lambda *a: tmp_path)
     monkeypatch.setattr(bench, "make_cache", lambda *a: tmp_path)
     monkeypatch.setattr("imkd_data.open_cache", lambda path: SimpleNamespace(id="cache"))
@@ -83,6 +85,7 @@ def test_table_holds_both_gains_with_intervals_and_holm(fake: dict[str, Any]) ->
     assert gains["imkd", "distillation"]["p_holm"] is not None and gains["imkd", "system"]["p_holm"] is None
     assert gains["imkd", "system"]["published_gain_nds"] == 5.0 and gains["crkd", "distillation"]["seeds"] == [0, 1, 2]
     assert {"method", "twin", "seed", "nds", "map", "errors"} <= set(report["rows"][0])
+    assert {"row": "imkd", "term": "l2r", "share_of_task": 0.25} in report["pull"]
     saved = json.loads((fake["out"] / "docs" / "results.json").read_text())
     assert saved == report and "| imkd | distillation | imkd_twin |" in (fake["out"] / "docs" / "results.md").read_text()
     assert report["spread"]["seeds"] == 3 and report["spread"]["fine_enough"]

@@ -201,6 +201,25 @@ def test_exported_student_has_no_trace_of_the_method(name: str) -> None:
         assert torch.equal(x.velocity_mps_B2YX, y.velocity_mps_B2YX)
 
 
+def _flops(student: nn.Module) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad():
+        student.eval()(_real_batch())  # tables that are made once
+        with FlopCounterMode(display=False) as counter:
+            student(_real_batch())
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_is_added_at_inference_but_what_the_method_says(name: str) -> None:
+    """FLOPs of the distilled student are the twin's; without student changes they are the plain student's."""
+    step = _real_step(name)
+    flops = _flops(step.student)
+    assert flops == _flops(_real_student(**METHODS[name].student_changes)) > 0
+    assert (flops == _flops(_real_student())) == (METHODS[name].student_changes == {})
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_empty_truth_and_empty_radar_stay_finite_on_the_projects_networks(name: str) -> None:
     batch = without_boxes(_real_batch())
