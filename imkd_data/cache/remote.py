@@ -123,6 +123,11 @@ def _publish(path: Path, data: bytes) -> None:
         raise storage_error(error, path) from error
 
 
+def _pause(attempt: int) -> None:
+    """Wait before a further attempt: longer each time, with jitter so that many readers do not return together."""
+    time.sleep(min(8.0, 0.2 * 2**attempt) * (0.5 + random.random()))
+
+
 class _Source:
     """The far side: reads of whole files with bounded retries, jitter, and a limit on silence."""
 
@@ -152,7 +157,7 @@ class _Source:
         last: Exception | None = None
         for attempt in range(ATTEMPTS):
             if attempt:
-                time.sleep(min(8.0, 0.2 * 2**attempt) * (0.5 + random.random()))
+                _pause(attempt)
             try:
                 return action()
             except (UsageError, KeyboardInterrupt):
