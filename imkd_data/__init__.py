@@ -7,9 +7,9 @@ from typing import Any
 
 _PUBLIC = {
     "BevGrid": "imkd_data.geometry",
-    "Cache": "imkd_data.cache.store",
+    "Cache": "imkd_data.opened",
     "Recipe": "imkd_data.recipe",
-    "open_cache": "imkd_data.cache.store",
+    "open_cache": "imkd_data.opened",
     "stream": "imkd_data.loader.stream",
 }
 

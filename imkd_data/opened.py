@@ -1,0 +1,67 @@
+"""``open_cache``: a cache with everything that can be asked of it. The store itself knows neither views nor maps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imkd_data.cache import store
+from imkd_data.fields.base import CacheField
+from imkd_data.geometry import BevGrid
+
+if TYPE_CHECKING:
+    from imkd_data.views import View
+    from imkd_data.views.intensity import IntensityMap
+
+__all__ = ["Cache", "open_cache"]
+
+
+class Cache(store.Cache):
+    """A cache opened for reading, with views for other models and maps on other grids."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Cache, (self.path, self._own_fields)
+
+    def view(self, kind: str | Callable[..., View], **options: Any) -> View:
+        """Rows as another model takes them: ``cache.view("crn").sample(row)``, ``.dataset("train")``. See ``imkd_data.views``.
+
+        Raises UsageError for an unknown view, MismatchError where the cache cannot give it (it says which sensor is missing).
+        """
+        from imkd_data.views import open_view
+
+        return open_view(self, kind, **options)
+
+    def intensity(self, row: int, grid: BevGrid | None = None, reduce: str = "max", frame: str = "ego") -> IntensityMap:
+        """LiDAR intensity on any grid: reduce = max, mean, sum, count or z (of the strongest return); frame = ego or lidar.
+
+        Exact where the grid's cells are whole stored cells, else resampled; ``.exact`` and ``.note`` of the result say which.
+        """
+        from imkd_data.views.intensity import intensity_map
+
+        return intensity_map(self, row, grid, reduce, frame)
+
+    def intensity_image(self, row: int, camera: str, hw_px: tuple[int, int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """(intensity 0..255, depth in metres), each (H, W), of the LiDAR key scan in one resized camera image."""
+        from imkd_data.views.intensity import intensity_image
+
+        return intensity_image(self, row, camera, hw_px)
+
+    def where(self, expression: str) -> NDArray[np.int64]:
+        """Rows by an expression over the index; the same as ``select``."""
+        return self.select(expression)
+
+
+def open_cache(
+    path: str | os.PathLike[str], *, check: bool = True, fields: Iterable[CacheField] = (), only: Sequence[str] | None = None
+) -> Cache:
+    """Open a finished cache; needs no raw data. See ``imkd_data.cache.store.open_cache`` for arguments and errors."""
+    from pathlib import Path
+
+    cache = Cache(Path(path), tuple(fields))
+    if check:
+        cache.check_sizes(only)
+    return cache
