@@ -34,7 +34,7 @@ PAPER, INK, FAINT = "#0d1117", "#e6edf3", "#8b949e"
 TRUTH, LIDAR = "#3fb950", "gray"
 FOUND = ("#ffa657", "#79c0ff", "#d2a8ff", "#ff7b72", "#f2cc60")
 RADAR_FAST_MPS = 10.0
-MIN_SHOWN_SCORE = 0.15
+MIN_SHOWN_SCORE = 0.25
 
 
 def _figure(width_in: float, height_in: float, dpi: int = 100) -> Figure:
@@ -85,14 +85,16 @@ def _draw_bev_boxes(ax: Any, boxes: Boxes, colour: str, width: float, by_score: 
 
 
 def _draw_radar(ax: Any, radar: Mapping[str, NDArray[Any]]) -> Any:
-    """Points coloured by compensated speed, arrows of half a second for moving ones."""
-    if not len(radar["x"]):
+    """The newest scan of each radar, coloured by compensated speed, with arrows of half a second for moving points."""
+    newest = np.asarray(radar["sweep"]) == 0 if "sweep" in radar else np.ones(len(radar["x"]), dtype=bool)
+    radar = {name: np.asarray(values)[newest] for name, values in radar.items()}
+    if not newest.any():
         return None
     vx, vy = (np.asarray(radar.get(c, np.zeros_like(radar["x"])), dtype=float) for c in ("vx_comp", "vy_comp"))
     speed = np.hypot(vx, vy)
     order = np.argsort(speed)
     x, y = radar["x"][order], radar["y"][order]
-    dots = ax.scatter(y, x, c=speed[order], s=9, cmap="cool", vmin=0, vmax=RADAR_FAST_MPS, linewidths=0, zorder=3)
+    dots = ax.scatter(y, x, c=speed[order], s=6, cmap="cool", vmin=0, vmax=RADAR_FAST_MPS, linewidths=0, zorder=3)
     fast = np.flatnonzero(speed > 0.5)
     if len(fast):
         ax.quiver(
