@@ -23,9 +23,9 @@ class Preset:
     name: str
     version: str = "v1.0-trainval"
     scenes: int = 60
-    keyframes: int = 16
+    keyframes: int = 12
     val_share: float = 0.4
-    image_hw_px: tuple[int, int] = (450, 800)
+    image_hw_px: tuple[int, int] = (270, 480)
     steps: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     profile: str = "standard"
@@ -48,6 +48,7 @@ PRESETS: dict[str, Preset] = {
             name="small",
             scenes=150,
             keyframes=20,
+            image_hw_px=(450, 800),
             steps={"lidar": 6000, "label": 3000, "fusion": 6000, "student": 4000},
             settings={"batch_size": 8, "loader.workers": 8, "precision": "bf16-mixed"},
         ),

@@ -244,6 +244,8 @@ def _place(run: Run, key: str) -> tuple[str, ...] | None:
     if rest:
         if key.startswith("loader.augment."):
             head, rest = "augment", key.removeprefix("loader.augment.")
+        if isinstance(sections["options"].get(head), Mapping):  # joined methods nest their options: imkd.stage1=off
+            return ("options", key)
         return (head, rest) if rest in sections.get(head, {}) else None
     if key in {f.name for f in fields(run)} - {"optim", "loader", "model", "options", "stages"}:
         return (key,)

@@ -20,7 +20,20 @@ __all__ = ["JoinedDistiller", "make_method"]
 
 @dataclass(frozen=True, kw_only=True)
 class JoinedOptions(Options):
-    """Base of the options of joined methods: one dict of options a method."""
+    """Base of the options of joined methods: one dict of options a method. ``imkd.stage1`` as a key means the same as
+    ``stage1`` in the dict of ``imkd``."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Any:
+        """From nested dicts, dotted keys, or both."""
+        nested: dict[str, Any] = {}
+        for key, value in values.items():
+            name, dot, leaf = key.partition(".")
+            if dot and name in cls.defaults():
+                nested[name] = {**nested.get(name, {}), leaf: value}
+            else:
+                nested[key] = {**nested[key], **value} if key in nested and isinstance(value, Mapping) else value
+        return super().from_dict(nested)
 
 
 class JoinedDistiller(Distiller):

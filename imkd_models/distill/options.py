@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -34,6 +35,8 @@ def _coerced(name: str, value: Any, default: Any, choices: tuple[Any, ...]) -> A
         if not (isinstance(default, bool) and isinstance(value, bool)):
             raise RecipeError(f"option {name}", expected=type(default).__name__, found=repr(value))
         return value
+    if isinstance(default, Mapping):
+        return _mapping(name, value)
     if isinstance(default, tuple):
         parts = [p for p in value.split(",") if p] if isinstance(value, str) else list(value)
         return tuple(parts)
@@ -45,6 +48,17 @@ def _coerced(name: str, value: Any, default: Any, choices: tuple[Any, ...]) -> A
     except (TypeError, ValueError) as error:
         raise RecipeError(f"option {name}", expected=f"a number like {default}", found=repr(value)) from error
     return value
+
+
+def _mapping(name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RecipeError(f"option {name}", expected="a JSON object", found=repr(value)) from error
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"option {name}", expected="a JSON object", found=repr(value))
+    return dict(value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,3 +154,24 @@ def test_joined_methods_prefix_terms_merge_needs_and_refuse_contradictions() -> 
         clash.changes(clash.make_options())
     with pytest.raises(RecipeError, match="imkd, crkd"):
         make_method("imkd+nothing")
+
+
+def test_joined_options_are_nested_or_dotted() -> None:
+    joined = make_method("imkd+dual_distill")
+    dotted = joined.make_options({"imkd.stage1": "off", "dual_distill.tau": "1", "imkd": {"lambda_l2m": 1.0}})
+    assert dotted.imkd == {"stage1": "off", "lambda_l2m": 1.0} and dotted.dual_distill == {"tau": "1"}
+    assert joined.make_options({"imkd": '{"stage1": false}'}).imkd == {"stage1": False}
+    with pytest.raises(RecipeError, match="stage9"):
+        joined.needs_for(joined.make_options({"imkd.stage9": 1}))
+    with pytest.raises(RecipeError, match="JSON"):
+        joined.make_options({"imkd": "stage1"})
+
+
+def test_joined_options_reach_a_run_from_the_command_line() -> None:
+    from pipelines.runs import get_run
+
+    run = (
+        get_run("tiny_student").with_method("imkd+dual_distill").with_settings({"imkd.stage2_label": "off", "optim.lr": "1e-3"})
+    )
+    method = make_method("imkd+dual_distill")
+    assert method.teachers_for(method.make_options(run.options)) == ("lidar",) and run.optim.lr == 1e-3
