@@ -21,7 +21,9 @@ PATH = click.Path(path_type=Path)
 @click.option("--field", metavar="F", help="Only this field.")
 @click.option("--stats", is_flag=True, help="Statistics of every field over some samples.")
 @click.option("--select", "select", metavar="EXPR", help="Samples by the index, e.g. 'night and class_counts.car >= 3'.")
-@click.option("--open", "picture", type=PATH, metavar="PNG|HTML", help="Write one picture of the sample.")
+@click.option(
+    "--open", "picture", type=PATH, metavar="PNG|HTML", help="Write one picture of the sample; with --stats of the histograms."
+)
 @click.option("--compare", type=PATH, metavar="CACHE2", help="Compare with another cache.")
 @common
 def inspect(
@@ -66,7 +68,14 @@ def inspect(
         for name, value in module.sample_facts(opened, row).items():
             screen.out(f"{name:<20} {value}")
             screen.emit("sample", name=name, value=value)
-    if picture is not None and row is not None:
+    if stats and picture is not None:
+        from pipelines.inspect_stats import write_statistics
+
+        for line in write_statistics(opened, rows, picture):
+            screen.out(line)
+        screen.say(f"wrote {picture}")
+        screen.emit("picture", path=str(picture))
+    elif picture is not None and row is not None:
         module.write_picture(opened, row, picture)
         screen.say(f"wrote {picture}")
         screen.emit("picture", path=str(picture), row=row)

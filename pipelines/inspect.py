@@ -156,11 +156,12 @@ def _same_row(a: Cache, b: Cache, name: str, token: str) -> bool:
 def write_picture(cache: Cache, row: int, path: Path) -> None:
     """One picture: cameras with depth and boxes, BEV intensity, radar. PNG, or an HTML page that holds it."""
     from pipelines.plots import encode, sample_picture
-    from pipelines.sample_view import read_view
+    from pipelines.sample_view import calibration_lines, read_view
 
     if path.suffix.lower() not in (".png", ".html", ".htm"):
         raise UsageError("the picture is a .png or .html file", found=str(path))
-    picture = encode(sample_picture(read_view(cache, row), summary=_summary_lines(cache, row)))
+    view = read_view(cache, row)
+    picture = encode(sample_picture(view, summary=[*_summary_lines(cache, row), "", *calibration_lines(view)]))
     if path.suffix.lower() == ".png":
         path.write_bytes(picture)
         return

@@ -15,7 +15,7 @@ from imkd_data.sample import Boxes
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
 
-__all__ = ["CameraView", "SampleView", "box_corners", "box_lines", "match_boxes", "read_view"]
+__all__ = ["CameraView", "SampleView", "box_corners", "box_lines", "calibration_lines", "match_boxes", "read_view"]
 
 F64 = NDArray[np.float64]
 NEAR_M = 0.3  # edges are cut here: what is behind the camera has no place in the image
@@ -114,6 +114,24 @@ def read_view(cache: Cache, row: int) -> SampleView:
         radar=cache.decode("radar_points", row) if "radar_points" in cache.fields else None,
         truth=cache.decode("boxes", row) if "boxes" in cache.fields else None,
     )
+
+
+def calibration_lines(view: SampleView) -> list[str]:
+    """A line per camera: focal lengths and principal point in px of the shown image, place and heading in ego, age."""
+    lines = (
+        [f"{'camera':<18} {'fx':>7} {'fy':>7} {'cx':>7} {'cy':>7}   x, y, z in ego m      heading   taken"]
+        if view.cameras
+        else []
+    )
+    for one in view.cameras:
+        k, pose = one.camera.image_from_camera, one.camera.ego_from_camera
+        ahead = pose.vectors([0.0, 0.0, 1.0])
+        place = ", ".join(f"{v:6.2f}" for v in pose.translation_m)
+        late_ms = (one.camera.timestamp_us - view.timestamp_us) / 1e3
+        heading = np.degrees(np.arctan2(ahead[1], ahead[0]))
+        numbers = " ".join(f"{v:7.1f}" for v in (k[0, 0], k[1, 1], k[0, 2], k[1, 2]))
+        lines.append(f"{one.camera.name:<18} {numbers}  {place}  {heading:6.1f} deg  {late_ms:+.0f} ms")
+    return lines
 
 
 def box_corners(boxes: Boxes) -> F64:

@@ -311,3 +311,29 @@ def test_report_in_a_browser(report: Path, tmp_path: Path) -> None:
     assert value["before"] == [True, False] and value["after"] == [False, True] and value["selected"] == ["false", "true"]
     assert "ERROR" not in value["title"] and "POLICY" not in value["title"]
     assert value["wide"] <= 500  # headless windows are at least 500 px wide
+
+
+def test_statistics_as_table_and_page(line, tmp_path: Path) -> None:
+    from pipelines.inspect_stats import cache_histograms, write_statistics
+
+    cache = open_cache(line.cache)
+    found = {h.title: h for h in cache_histograms(cache, cache.rows())}
+    points = sum(len(p) for row in cache.rows().tolist() for p in cache.decode("depth_points", row))
+    assert found["LiDAR depth in images"].counts.sum() == points
+    boxes = [cache.decode("boxes", row) for row in cache.rows().tolist()]
+    assert found["box classes"].counts.sum() == sum(int((b.label >= 0).sum()) for b in boxes)
+    assert found["points per sample, RADAR_BACK_LEFT"].counts.sum() == len(cache)
+    lines = write_statistics(cache, cache.rows(), tmp_path / "s.html")
+    outline = Outline()
+    outline.feed((tmp_path / "s.html").read_text())
+    assert outline.problems == [] and outline.images == 2 and any(line.split()[:1] == ["car"] for line in lines)
+
+
+def test_calibration_summary_names_every_camera(line) -> None:
+    from pipelines.sample_view import calibration_lines
+
+    cache = open_cache(line.cache)
+    lines = calibration_lines(read_view(cache, int(cache.rows()[0])))
+    assert len(lines) == 7
+    back = next(text for text in lines if text.startswith("CAM_BACK "))
+    assert abs(abs(float(back.split(" deg")[0].split()[-1])) - 180) < 10  # looks backwards
