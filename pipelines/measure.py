@@ -14,7 +14,7 @@ import torch
 from imkd_data.loader.batch import Batch
 from imkd_data.loader.stream import Stream, stream
 from pipelines.machine import Machine, make_fabric
-from pipelines.networks import Networks, TrainUnit, build_networks, stream_values
+from pipelines.networks import Networks, TrainUnit, build_networks, stream_values, use_cached_teachers
 from pipelines.optimise import Ema, make_optimiser
 from pipelines.run import Run
 
@@ -86,6 +86,8 @@ def measure_steps(
     """Run ``steps`` training steps (three more to warm up) and time them. Nothing is saved."""
     fabric = make_fabric(run, machine or Machine())
     networks = build_networks(run, teachers, pretrained=False)
+    if run.loader.cached_teachers:
+        use_cached_teachers(networks, cache)
     for teacher in networks.teachers.values():
         teacher.to(fabric.device)
     plain = TrainUnit(networks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,13 @@ from imkd_models.config import FusionConfig, LabelConfig, ModelConfig, StudentCo
 from imkd_models.distill import FrozenTeacher, Method, check_needs, make_method
 from imkd_models.distill.base import Distiller
 from imkd_models.presets import build_model, config_from_dict, label_config_for
+from pipelines.cache_teacher import CachedTeacher
 from pipelines.run import Run
 
-__all__ = ["Networks", "TrainUnit", "build_networks", "stream_values"]
+if TYPE_CHECKING:
+    from imkd_data.cache.store import Cache
+
+__all__ = ["Networks", "TrainUnit", "build_networks", "stream_values", "use_cached_teachers"]
 
 STATE_FEATURES = ("rcs_dbsm", "dyn_prop", "ambig_state", "invalid_state", "pdh0")
 
@@ -172,11 +176,29 @@ def _label_networks(run: Run, config: LabelConfig, given: Mapping[str, Path | st
     return Networks(model=model, config=fitting, teacher_sha256={"lidar": digest}, kept={"teacher_lidar": teacher})
 
 
+def use_cached_teachers(networks: Networks, cache: Cache) -> None:
+    """Replace every LiDAR teacher by one that reads its stored maps. Errors: MissingFeatureError naming the command."""
+    if networks.method is None:
+        return
+    needs = networks.method.needs_for(networks.method.make_options(networks.options))
+    for name, teacher in networks.teachers.items():
+        if isinstance(teacher.network.config, LabelConfig):
+            continue  # it reads boxes alone and is cheap
+        wanted = needs.teachers[name]
+        features = [f for f in wanted if f != "head"]
+        cached = CachedTeacher(teacher, networks.teacher_sha256[name], features, head="head" in wanted)
+        cached.check(cache)
+        networks.teachers[name] = cached
+
+
 def stream_values(networks: Networks) -> dict[str, Any]:
     """Arguments of ``imkd_data.stream`` that follow from the networks: fields, history, image size, grid, radar columns."""
     parts, history = {"boxes"}, {0}
     image_hw, features = None, ["rcs_dbsm"]
-    configs: list[Any] = [networks.config, *(t.network.config for t in networks.teachers.values())]
+    stored = [t for t in networks.teachers.values() if isinstance(t, CachedTeacher)]
+    parts |= {name for t in stored for name in t.stored.values()}
+    running = [t.network.config for t in networks.teachers.values() if not isinstance(t, CachedTeacher)]
+    configs: list[Any] = [networks.config, *running]
     for config in configs:
         camera = config.student if isinstance(config, FusionConfig) else config
         sensors = () if isinstance(config, LabelConfig) else _sensors(config)

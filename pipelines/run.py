@@ -49,7 +49,8 @@ class OptimConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderConfig:
     """What the stream delivers. split: rows to train on. radar_filter: none | devkit | crn. *_sweeps: newest scans used,
-    0 = all stored. intensity_from: source of a moved ``lidar_intensity``: planes | view."""
+    0 = all stored. intensity_from: source of a moved ``lidar_intensity``: planes | view. cached_teachers: read the maps
+    that `imkd cache-teacher` stored instead of running the LiDAR teachers (augmentation must be off)."""
 
     split: str = "train"
     shuffle: str = "global"
@@ -58,6 +59,7 @@ class LoaderConfig:
     radar_sweeps: int = 6
     lidar_sweeps: int = 0
     intensity_from: str = "planes"
+    cached_teachers: bool = False
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 

@@ -25,7 +25,7 @@ from imkd_models.checkpoint import Checkpoint, load_checkpoint, load_weights, sa
 from pipelines.guard import EXIT_CODES, StopSignals, agree, elsewhere, non_finite_error
 from pipelines.machine import Machine, accumulation, make_fabric
 from pipelines.measure import loader_values
-from pipelines.networks import Networks, TrainUnit, build_networks
+from pipelines.networks import Networks, TrainUnit, build_networks, use_cached_teachers
 from pipelines.optimise import Ema, lr_factor, make_optimiser
 from pipelines.run import Run, check_resumable
 from pipelines.trainlog import Meter, Tick, TrainLog
@@ -132,6 +132,8 @@ class _Trainer:
         self.world, self.rank = self.fabric.world_size, self.fabric.global_rank
         self.global_batch, self.accumulate = accumulation(run, self.world)
         self.networks: Networks = build_networks(run, teachers, pretrained=self.saved is None)
+        if run.loader.cached_teachers:
+            use_cached_teachers(self.networks, cache)
         self.stream = self._stream()
         self.steps_per_epoch = len(self.stream.order) // self.global_batch
         if self.steps_per_epoch == 0:

@@ -109,7 +109,9 @@ def check_request(cache: Cache, request: StreamRequest) -> None:
         )
     maps = [p for p in request.parts if p not in PARTS]
     for name in maps:
-        if cache.fields[name].space != "bev":
+        one = cache.fields[name]
+        planar = one.shape is not None and len(one.shape(recipe, cache.suite)) == 3  # (C, Y, X) of a field from outside
+        if one.kind != "array" or not (one.space == "bev" or (one.space == "none" and planar)):
             raise UsageError(f"field {name} is no BEV map, so a batch has no place for it", expected=", ".join(PARTS))
     if maps and request.augment.enabled:
         raise MismatchError(
