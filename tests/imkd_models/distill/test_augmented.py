@@ -83,5 +83,5 @@ def test_intensity_from_planes_equals_points_without_augmentation(synthetic_cach
     # Stored points are rounded to whole centimetres, so about 1 % of them change sides at the edges of each axis.
     assert (planes[0] - points[0])[away].abs().sum() / planes[0].sum() < 0.06
     assert (planes[1] - points[1])[away].abs().mean() < 2e-3
-    assert torch.equal(view[0], planes[0].clamp(max=255))
+    assert torch.equal(view[0].clamp(max=255), planes[0].clamp(max=255))
     assert (view[2] - planes[2]).abs().max() <= 0.5 / 255 + 1e-6
