@@ -12,8 +12,11 @@ from imkd_data.kernels.raycast import GROUND, NOTHING, OWN_CAR, hash_normal, has
 
 _RETRO_FLOOR = 101.0
 # The sensor's range calibration is not perfect: genuine medians dip between 15 and 30 m and rise again beyond.
-_CALIBRATION_M = np.array([0.0, 4.0, 6.0, 11.0, 15.0, 20.0, 30.0, 40.0, 55.0, 70.0])
-_CALIBRATION = np.array([0.7, 0.85, 1.4, 1.1, 0.55, 0.36, 0.38, 0.6, 0.95, 1.1])
+_CALIBRATION = np.interp(
+    np.arange(512) * 0.25,
+    [0.0, 4.0, 6.0, 11.0, 15.0, 20.0, 30.0, 40.0, 55.0, 70.0],
+    [0.7, 0.85, 1.4, 1.1, 0.55, 0.36, 0.38, 0.6, 0.95, 1.1],
+)
 
 
 @njit(cache=True, inline="always")
@@ -91,7 +94,7 @@ def lidar_points(
                 which[c, k] = NOTHING
                 far, value = 0.0, _stray(seed, ray)
             else:
-                value *= np.interp(far, _CALIBRATION_M, _CALIBRATION)
+                value *= _CALIBRATION[min(int(far * 4.0), 511)]
                 far += noise_m * max(-2.8, min(2.8, hash_normal(seed + 7, ray)))
                 value += 1.6 * hash_normal(seed + 8, ray)
                 value = min(max(value, 0.0), 100.0)

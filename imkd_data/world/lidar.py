@@ -11,7 +11,7 @@ from imkd_data.geometry import F64
 from imkd_data.kernels import raycast, reflect
 from imkd_data.world import rig as rigs
 from imkd_data.world.road import CELL_M
-from imkd_data.world.scene import Scene
+from imkd_data.world.scene import Scene, pack
 from imkd_data.world.shapes import Part
 
 REACH_M = 105.0
@@ -41,21 +41,21 @@ class LidarModel:
     """The sensor of one scene; holds what stays the same from turn to turn."""
 
     def __init__(self, scene: Scene, rig: rigs.Rig) -> None:
-        from imkd_data.world.scene import pack
-
         self.scene = scene
         self.mount = rig.poses[rigs.LIDAR]
-        own = pack(list(_OWN_CAR), np.full(len(_OWN_CAR), raycast.OWN_CAR))
-        count = rigs.LIDAR_COLUMNS
-        self.azimuth_rad = np.radians(rigs.LIDAR_START_DEG - 360.0 * np.arange(count) / count)
-        nodes, links, order = raycast.build_tree(own.prims, 0.0)
+        self.own = pack(list(_OWN_CAR), np.full(len(_OWN_CAR), raycast.OWN_CAR))
+        self.columns = {count: self._columns(count) for count in rigs.LIDAR_COLUMNS}
+
+    def _columns(self, count: int) -> tuple[F64, F64]:
+        """Azimuths (C,) of a turn of so many columns, and distances (C, K) to the own car (inf: not on it)."""
+        azimuth = np.radians(rigs.LIDAR_START_DEG - 360.0 * np.arange(count) / count)
         origin = np.repeat(self.mount.translation_m[None], count, axis=0)
         rotation = np.repeat(self.mount.rotation[None], count, axis=0)
         distance, which, _, _ = raycast.cast_columns(
-            own.prims, own.kinds, nodes, links, order, origin, rotation, self.azimuth_rad, rigs.LIDAR_ELEVATION_RAD,
-            np.zeros(count), np.full((count, rigs.LIDAR_RINGS), np.inf), 20.0, 0,
+            self.own.prims, self.own.kinds, *self.own.tree(0.0), origin, rotation, azimuth,
+            rigs.LIDAR_ELEVATION_RAD, np.zeros(count), np.full((count, rigs.LIDAR_RINGS), np.inf), 20.0, 0,
         )  # fmt: skip
-        self.own_m = np.where(which >= 0, distance, np.inf)
+        return azimuth, np.where(which >= 0, distance, np.inf)
 
     def sensor_poses(self, t_s: F64) -> tuple[F64, F64]:
         """Times (N,) -> global_from_lidar rotations (N, 3, 3) and origins (N, 3)."""
@@ -64,17 +64,19 @@ class LidarModel:
 
     def turn(self, t_s: float) -> Turn:
         """The turn that ends at ``t_s``."""
-        count = rigs.LIDAR_COLUMNS
+        stamp = round(t_s * 1e6)
+        count = rigs.LIDAR_COLUMNS[stamp % len(rigs.LIDAR_COLUMNS)]  # the head does not turn quite evenly
+        azimuth, own_m = self.columns[count]
         seconds = rigs.LIDAR_PERIOD_US / 1e6
         times = t_s - seconds * (1.0 - (np.arange(count) + 0.5) / count)
         rotations, origins = self.sensor_poses(np.append(times, t_s))
         middle = t_s - seconds / 2
         things = self.scene.primitives(middle, origins[0, :2], REACH_M)
         nodes, links, order = things.tree(seconds / 2)
-        seed = (self.scene.seed * 1_000_003 + self.scene.index * 7919 + round(t_s * 1000)) & 0x7FFFFFFF
+        seed = (self.scene.seed * 1_000_003 + self.scene.index * 7919 + stamp) & 0x7FFFFFFF
         distance, which, cosine, direction = raycast.cast_columns(
-            things.prims, things.kinds, nodes, links, order, origins[:-1], rotations[:-1], self.azimuth_rad,
-            rigs.LIDAR_ELEVATION_RAD, times - middle, self.own_m, REACH_M, seed,
+            things.prims, things.kinds, nodes, links, order, origins[:-1], rotations[:-1], azimuth,
+            rigs.LIDAR_ELEVATION_RAD, times - middle, own_m, REACH_M, seed,
         )  # fmt: skip
         rain = 1.0 if "rain" in self.scene.weather else 0.0
         points, which = reflect.lidar_points(

@@ -111,7 +111,7 @@ def make_scene(options: WorldOptions, index: int) -> Scene:
     grid = motion.time_grid(duration)
     rng = random_stream(options.seed, index, "ego")
     kind = ("cruise", "stop", "cruise", "start")[int(rng.integers(4))]
-    speed = motion.make_speed(rng, grid, kind, float(rng.uniform(5.0, 12.0)))
+    speed = motion.make_speed(rng, grid, kind, float(rng.uniform(5.0, 13.0)))
     ego_s = motion.distance_from_speed(grid, speed)
     road = make_road(random_stream(options.seed, index, "road"), float(ego_s[-1]))
     actors = make_actors(road, random_stream(options.seed, index, "traffic"), grid, ego_s, options.materials)

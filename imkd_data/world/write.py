@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -119,6 +121,18 @@ def _begin(root: Path, identity: dict[str, object]) -> bool:
     return True
 
 
+def _end_with_parent() -> None:
+    """In a worker: exit when the parent is gone, however it died; a pool's workers would wait for ever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _write_scenes(root: Path, options: WorldOptions, workers: int, progress: Progress | None) -> None:
     todo = [k for k in range(options.scenes) if not _part_path(root, k).is_file()]
     done = options.scenes - len(todo)
@@ -136,7 +150,8 @@ def _write_scenes(root: Path, options: WorldOptions, workers: int, progress: Pro
             tell(write_scene(root, options, index))
         return
     # Fresh processes: a forked one could inherit locks of threads in the caller.
-    with ProcessPoolExecutor(min(workers, len(todo)), mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context, initializer=_end_with_parent) as pool:
         pending = {pool.submit(write_scene, root, options, index) for index in todo}
         try:
             while pending:
@@ -144,6 +159,9 @@ def _write_scenes(root: Path, options: WorldOptions, workers: int, progress: Pro
                 for future in finished:
                     tell(future.result())
         except BaseException:
+            # A stopped run does not wait for scenes in progress: they leave no part and are made again.
+            for process in list(getattr(pool, "_processes", {}).values()):
+                process.terminate()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 

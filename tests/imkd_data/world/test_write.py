@@ -173,6 +173,33 @@ def test_velocity_is_the_one_of_the_world(world: Path, nusc: Any) -> None:
     assert checked > 15
 
 
+def test_tables_hold_the_poses_that_sensors_were_rendered_with(world: Path, nusc: Any) -> None:
+    from pyquaternion import Quaternion
+
+    from imkd_data.world.camera import CameraModel
+    from imkd_data.world.lidar import LidarModel
+    from imkd_data.world.options import WorldOptions, random_stream
+    from imkd_data.world.rig import make_rig
+    from imkd_data.world.scene import make_scene
+
+    options = WorldOptions(scenes=3, keyframes=4, seed=3, image_hw_px=(90, 160), weather=("clear", "rain", "night"))
+    scene, rig = make_scene(options, 0), make_rig(random_stream(3, 0, "rig"), (90, 160))
+    cameras, lidar = CameraModel(scene, rig), LidarModel(scene, rig)
+    sample = nusc.get("sample", nusc.get("sample", nusc.scene[0]["first_sample_token"])["next"])
+    for channel in (LIDAR, *CAMERAS):
+        row = nusc.get("sample_data", sample["data"][channel])
+        pose, mount = nusc.get("ego_pose", row["ego_pose_token"]), nusc.get("calibrated_sensor", row["calibrated_sensor_token"])
+        turn = Quaternion(pose["rotation"]).rotation_matrix
+        t = scene.seconds(row["timestamp"])
+        rotation, origin = (v[0] for v in lidar.sensor_poses(np.array([t]))) if channel == LIDAR else cameras.pose(channel, t)
+        np.testing.assert_allclose(turn @ Quaternion(mount["rotation"]).rotation_matrix, rotation, atol=1e-12)
+        np.testing.assert_allclose(turn @ mount["translation"] + pose["translation"], origin, atol=1e-9)
+        if channel == LIDAR:
+            assert lidar.turn(t).points.tobytes() == (world / row["filename"]).read_bytes()
+        else:
+            assert np.array_equal(mount["camera_intrinsic"], rig.intrinsics[channel])
+
+
 def test_truth_as_submission_scores_one_in_all_ten_classes(nusc: Any, tmp_path: Path) -> None:
     from nuscenes.eval.detection.config import config_factory
     from nuscenes.eval.detection.evaluate import DetectionEval
