@@ -64,7 +64,7 @@ class SceneBuilder:
         warnings: Counter[str],
     ) -> None:
         self.t, self.suite, self.sensors, self.reference = tables, suite, sensors, reference_channel
-        self.num_sweeps, self.warnings = num_sweeps, warnings
+        self.num_sweeps, self._warnings = num_sweeps, warnings
         self._channel_row = {c: i for i, c in enumerate(tables.channels)}
         self._label = [LABEL_FROM_CLASS.get(CLASS_FROM_CATEGORY.get(n, ""), -1) for n in tables.category_name]
         self._attribute = [ATTRIBUTES.index(n) if n in ATTRIBUTES else -1 for n in tables.attribute_name]
@@ -77,7 +77,7 @@ class SceneBuilder:
         """All samples of scene row ``scene`` in time order. Raises the first problem with the others in ``problems``."""
         self._problems = []
         if self.t.scene_name[scene] in SUSPECT_SCENES:
-            self.warnings["scene.suspect_poses"] += 1
+            self._odd("scene.suspect_poses", 1)
         rows = [int(r) for r in self._rows[scene]]
         self._check_times(scene, rows)
         tokens = [self.t.token("sample", r) for r in rows]
@@ -94,6 +94,10 @@ class SceneBuilder:
             first, *rest = self._problems
             raise type(first)(first.what, rule=first.rule, problems=tuple(rest), **first.details)
         return tuple(out)
+
+    def _odd(self, rule: str, count: int) -> None:
+        if count:
+            self._warnings[rule] += count
 
     def _bad(self, what: str, rule: str, scene: int, **details: Any) -> InputDataError:
         return InputDataError(what, rule=rule, scene=self.t.scene_name[scene], **details)
@@ -203,7 +207,7 @@ class SceneBuilder:
                 elif gap <= 0:
                     found += f"a sweep {-gap} us later (a loop, or time goes back)"
                 else:
-                    self.warnings["sweep.gap"] += gap > _SWEEP_GAP_US.get(kind, gap)
+                    self._odd("sweep.gap", int(gap > _SWEEP_GAP_US.get(kind, gap)))
                     rows.append(previous)
                     continue
             raise self._bad(
@@ -257,7 +261,7 @@ class SceneBuilder:
                 token=token,
                 file=f"{table}.json",
             )
-        self.warnings["pose.quaternion_norm"] += int((off > _NORM_WARN).sum())
+        self._odd("pose.quaternion_norm", int((off > _NORM_WARN).sum()))
 
     def _camera(self, scene: int, token: str, channel: str, row: int, ego_from: Pose, vehicle_from: Pose) -> ImageFrame:
         t = self.t
@@ -310,7 +314,7 @@ class SceneBuilder:
         rotation = matmul3(ego_from_global.rotation, rotation_from_quaternion(t.ann_quaternion[rows]))
         velocity = matmul3(ego_from_global.rotation, annotation_velocities(t, rows)[..., None])[:, :2, 0]
         label = np.array([self._label[c] for c in category], dtype=np.int64)
-        self.warnings["annotation.ignored_category"] += int((label < 0).sum())
+        self._odd("annotation.ignored_category", int((label < 0).sum()))
         attribute = t.ann_attribute[rows]
         visibility = t.ann_visibility[rows].astype(np.int64)
         return Boxes(

@@ -14,7 +14,7 @@ from imkd_data.views.lidar import Mmdet3dView, OpenPcdetView, RawView
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
 
-__all__ = ["VIEWS", "View", "open_view"]
+__all__ = ["EXPORTS", "VIEWS", "View", "open_view"]
 
 VIEWS: Mapping[str, type[View]] = {
     "crn": CrnView,
@@ -25,6 +25,25 @@ VIEWS: Mapping[str, type[View]] = {
     "mmdet3d": Mmdet3dView,
     "openpcdet": OpenPcdetView,
     "raw": RawView,
+}
+
+
+def _lazy(module: str, name: str) -> Callable[..., int]:
+    def export(*args: Any, **kwargs: Any) -> int:
+        from importlib import import_module  # readers and pyarrow are not needed to open a view
+
+        done: int = getattr(import_module(f"imkd_data.views.{module}"), name)(*args, **kwargs)
+        return done
+
+    return export
+
+
+# export(cache, out, rows=..., dataroot=..., as_released=..., progress=...) -> number of files
+EXPORTS: Mapping[str, Callable[..., int]] = {
+    "crn": _lazy("export_crn", "export_crn"),
+    "bevdepth": _lazy("export_crn", "export_bevdepth"),
+    "bevfusion": _lazy("export_infos", "export_bevfusion"),
+    "mmdet3d": _lazy("export_infos", "export_mmdet3d"),
 }
 
 

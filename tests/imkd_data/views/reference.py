@@ -1,0 +1,205 @@
+"""What the public conversion scripts compute, written again from their documented steps with devkit calls only.
+
+Nothing here imports our readers, fields or views: two writers of the same arithmetic must agree.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import reduce
+from typing import Any
+
+import numpy as np
+from nuscenes.nuscenes import NuScenes
+from nuscenes.utils.data_classes import LidarPointCloud, RadarPointCloud
+from nuscenes.utils.geometry_utils import transform_matrix, view_points
+from pyquaternion import Quaternion
+
+CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
+RADARS = ("RADAR_FRONT", "RADAR_FRONT_LEFT", "RADAR_FRONT_RIGHT", "RADAR_BACK_LEFT", "RADAR_BACK_RIGHT")
+
+
+def records(nusc: NuScenes, data_token: str) -> tuple[dict, dict, dict]:
+    """sample_data, calibrated_sensor, ego_pose."""
+    data = nusc.get("sample_data", data_token)
+    return data, nusc.get("calibrated_sensor", data["calibrated_sensor_token"]), nusc.get("ego_pose", data["ego_pose_token"])
+
+
+def raw(record: dict, *keys: str) -> dict:
+    return {k: record[k] for k in keys}
+
+
+# ---- CRN ----------------------------------------------------------------------------------------------------------------
+
+
+def to_images(
+    nusc: NuScenes, sample: dict, points: np.ndarray, extra: np.ndarray | None, near: float, far: float
+) -> dict[str, np.ndarray]:
+    """(4, N) float32 points in the LiDAR key frame -> {image base name: rows u, v, depth, *extra}."""
+    _, cal, pose = records(nusc, sample["data"]["LIDAR_TOP"])
+    cloud = LidarPointCloud(points)
+    for record in (cal, pose):
+        cloud.rotate(Quaternion(record["rotation"]).rotation_matrix)
+        cloud.translate(np.array(record["translation"]))
+    out = {}
+    for name in CAMERAS:
+        data, cal, pose = records(nusc, sample["data"][name])
+        here = LidarPointCloud(cloud.points.copy())
+        for record in (pose, cal):
+            here.translate(-np.array(record["translation"]))
+            here.rotate(Quaternion(record["rotation"]).rotation_matrix.T)
+        depth = here.points[2]
+        uv = view_points(here.points[:3], np.array(cal["camera_intrinsic"]), normalize=True)
+        keep = (depth > near) & (depth < far)
+        keep &= (uv[0] > 1) & (uv[0] < data["width"] - 1) & (uv[1] > 1) & (uv[1] < data["height"] - 1)
+        table = [uv[:2].T, depth[:, None]] + ([] if extra is None else [extra])
+        out[os.path.basename(data["filename"])] = np.concatenate(table, axis=1)[keep].astype(np.float32)
+    return out
+
+
+def depth_gt(nusc: NuScenes, sample: dict) -> dict[str, np.ndarray]:
+    data = nusc.get("sample_data", sample["data"]["LIDAR_TOP"])
+    scan = np.fromfile(os.path.join(nusc.dataroot, data["filename"]), dtype=np.float32).reshape(-1, 5)[:, :4]
+    return to_images(nusc, sample, scan.T, None, 0.0, np.inf)
+
+
+def radar_bev(nusc: NuScenes, sample: dict, full_rotation: bool) -> np.ndarray:
+    """(P, 7) in the LiDAR key frame. full_rotation False: as released, velocities skip the car's rotation."""
+    lidar, lidar_cal, lidar_pose = records(nusc, sample["data"]["LIDAR_TOP"])
+    to_lidar = [transform_matrix(r["translation"], Quaternion(r["rotation"]), inverse=True) for r in (lidar_cal, lidar_pose)]
+    every = np.zeros((18, 0))
+    for name in RADARS:
+        token = sample["data"][name]
+        for sweep in range(8):
+            data, cal, pose = records(nusc, token)
+            path = os.path.join(nusc.dataroot, data["filename"])
+            cloud = RadarPointCloud.from_file(path, [0, 4, 8, 9, 10, 11, 12, 15, 16, 17], list(range(8)), [3])
+            world = [transform_matrix(r["translation"], Quaternion(r["rotation"])) for r in (pose, cal)]
+            matrix = reduce(np.dot, [*to_lidar, *world])
+            cloud.transform(matrix)
+            velocity = np.vstack((cloud.points[8:10], np.zeros(cloud.points.shape[1])))
+            if full_rotation:
+                velocity = np.dot(matrix[:3, :3], velocity)
+            else:
+                velocity = np.dot(Quaternion(cal["rotation"]).rotation_matrix, velocity)
+                velocity = np.dot(Quaternion(lidar_cal["rotation"]).rotation_matrix.T, velocity)
+            cloud.points[8:10] = velocity[:2]
+            lag = 1e-6 * lidar["timestamp"] - 1e-6 * data["timestamp"]
+            cloud.points[0] += cloud.points[8] * lag
+            cloud.points[1] += cloud.points[9] * lag
+            cloud.points[-1] = sweep
+            every = np.hstack((every, cloud.points))
+            if data["prev"] == "":
+                break
+            token = data["prev"]
+    rows = every[[0, 1, 2, 5, 8, 9, -1]].T.astype(np.float32)
+    reach = np.linalg.norm(rows[:, :2], axis=1)
+    return rows[(reach > 0.1) & (reach < 100.0)]
+
+
+def radar_pv(nusc: NuScenes, sample: dict, bev: np.ndarray) -> dict[str, np.ndarray]:
+    return to_images(nusc, sample, bev[:, :4].T.copy(), bev[:, 3:], 0.1, 100.0)
+
+
+def crn_infos(nusc: NuScenes, scenes: set[str], as_released: bool) -> list[dict]:
+    out = []
+    for scene in nusc.scene:
+        token = scene["first_sample_token"] if scene["name"] in scenes else ""
+        while token:
+            sample = nusc.get("sample", token)
+            out.append(crn_info(nusc, scene, sample, as_released))
+            token = sample["next"]
+    return out
+
+
+def crn_info(nusc: NuScenes, scene: dict, sample: dict, as_released: bool) -> dict:
+    info: dict[str, Any] = {
+        "scene_name": scene["name"],
+        "sample_token": sample["token"],
+        "timestamp": sample["timestamp"],
+        "scene_token": sample["scene_token"],
+    }
+    image_keys = ("sample_token", "timestamp", "is_key_frame", "height", "width", "filename")
+    lidar_keys = ("sample_token", "timestamp", "filename")
+    keys, cams, lidars = {}, {}, {}
+    for name in CAMERAS:
+        data, cal, pose = keys[name] = records(nusc, sample["data"][name])
+        cams[name] = raw(data, *image_keys) | {"ego_pose": pose, "calibrated_sensor": cal}
+    data, cal, pose = keys["LIDAR_TOP"] = records(nusc, sample["data"]["LIDAR_TOP"])
+    lidars["LIDAR_TOP"] = raw(data, *lidar_keys) | {"ego_pose": pose, "calibrated_sensor": cal}
+    info |= {"cam_infos": cams, "lidar_infos": lidars}
+    for field, names, count, wanted in (
+        ("cam_sweeps", CAMERAS, 6, image_keys),
+        ("lidar_sweeps", ("LIDAR_TOP",), 10, (*lidar_keys, "is_key_frame")),
+    ):
+        sweeps: list[dict] = [{} for _ in range(count)]
+        for name in names:
+            key = data = keys[name][0]
+            for j in range(count):
+                if data["prev"] == "":
+                    break
+                data, cal, pose = records(nusc, data["prev"])
+                if data["sample_token"] != key["sample_token"]:
+                    break
+                if as_released and field == "cam_sweeps":  # the key frame's pose and calibration
+                    _, cal, pose = keys[name]
+                if as_released and field == "lidar_sweeps":  # the calibration of the last camera of the loop
+                    cal = keys["CAM_FRONT_LEFT"][1]
+                sweeps[j][name] = raw(data, *wanted) | {"ego_pose": pose, "calibrated_sensor": cal}
+        info[field] = sweeps[: next((i for i, s in enumerate(sweeps) if not s), count)]
+    info["ann_infos"] = []
+    for token in sample["anns"]:
+        velocity = nusc.box_velocity(token)
+        if as_released and np.isnan(velocity).any():
+            velocity = np.zeros(3)
+        info["ann_infos"].append(nusc.get("sample_annotation", token) | {"velocity": velocity})
+    return info
+
+
+# ---- mmdetection3d, BEVFusion, CRKD -----------------------------------------------------------------------------------------
+
+
+def to_top(nusc: NuScenes, token: str, cal: dict, pose: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Rotation and translation of a scan into the LiDAR key frame, from 4x4 matrices."""
+    _, own_cal, own_pose = records(nusc, token)
+    chain = [transform_matrix(r["translation"], Quaternion(r["rotation"]), inverse=True) for r in (cal, pose)]
+    chain += [transform_matrix(r["translation"], Quaternion(r["rotation"])) for r in (own_pose, own_cal)]
+    matrix = reduce(np.dot, chain)
+    return matrix[:3, :3], matrix[:3, 3]
+
+
+def radar_45(nusc: NuScenes, sample: dict, as_released: bool) -> np.ndarray:
+    """(P, 45) radar features in the LiDAR frame; ages to the LiDAR key time, or as released to the radar's own key scan."""
+    lidar, cal, pose = records(nusc, sample["data"]["LIDAR_TOP"])
+    blocks = []
+    for name in RADARS:
+        token = sample["data"][name]
+        own_key = nusc.get("sample_data", token)["timestamp"]
+        for _ in range(6):
+            data = nusc.get("sample_data", token)
+            points = RadarPointCloud.from_file(
+                os.path.join(nusc.dataroot, data["filename"]), list(range(18)), list(range(8)), list(range(5))
+            ).points.T
+            rotation, translation = to_top(nusc, token, cal, pose)
+            age = ((own_key if as_released else lidar["timestamp"]) - data["timestamp"]) * 1e-6
+            velocity = np.c_[points[:, 8:10], np.zeros(len(points))] @ rotation.T
+            xyz = points[:, :3] @ rotation.T + translation
+            xyz[:, :2] += velocity[:, :2] * age
+            hot = [np.eye(n)[points[:, c].astype(int)] for c, n in ((3, 8), (11, 5), (14, 18))]
+            ordinal = points[:, 15:16] > np.arange(7)
+            blocks.append(np.c_[xyz, points[:, 5], velocity[:, :2], np.full(len(points), age), *hot, ordinal])
+            if data["prev"] == "":
+                break
+            token = data["prev"]
+    return np.concatenate(blocks)
+
+
+def boxes_in_lidar(nusc: NuScenes, sample: dict) -> list[Any]:
+    """Devkit boxes in the LiDAR key frame with velocity, in table order."""
+    _, boxes, _ = nusc.get_sample_data(sample["data"]["LIDAR_TOP"])
+    _, cal, pose = records(nusc, sample["data"]["LIDAR_TOP"])
+    for box in boxes:
+        box.velocity = nusc.box_velocity(box.token)
+        for record in (pose, cal):
+            box.velocity = np.dot(Quaternion(record["rotation"]).inverse.rotation_matrix, box.velocity)
+    return boxes
