@@ -183,3 +183,48 @@ def test_stream_options_follow_the_network() -> None:
     assert "workers" not in options and options["image_hw_px"] == student.config.image_hw_px
     lidar = stream_options(tiny_lidar(), {})
     assert lidar["fields"] == ("lidar_points",) and "image_hw_px" not in lidar
+
+
+def as_test_split(tree: Path, out: Path) -> Path:
+    """The synthetic tree as nuScenes publishes its test split: other scene names, no annotations; here also no LiDAR files."""
+    from imkd_data.readers import SPLITS
+
+    shutil.copytree(tree / "v1.0-mini", out / "v1.0-test")
+    for name in ("samples", "sweeps"):
+        shutil.copytree(tree / name, out / name, ignore=shutil.ignore_patterns("LIDAR_TOP"))
+    tables = out / "v1.0-test"
+    scenes = json.loads((tables / "scene.json").read_text())
+    for scene, name in zip(scenes, SPLITS["test"], strict=False):
+        scene["name"] = name
+    (tables / "scene.json").write_text(json.dumps(scenes))
+    for name in ("sample_annotation", "instance"):
+        (tables / f"{name}.json").write_text("[]")
+    return out
+
+
+def test_test_split_without_lidar_or_annotations(line, tmp_path: Path) -> None:
+    """One results.json with every sample of the split, valid by the devkit's own loader, at most 500 boxes a sample."""
+    from nuscenes.eval.common.loaders import load_prediction_of_sample_tokens
+    from nuscenes.eval.detection.data_classes import DetectionBox
+
+    from pipelines.predict import predict_split
+
+    tree = as_test_split(line.tree, tmp_path / "tree")
+    path = predict_split(line.students["student0"], tree, "", "test", tmp_path / "out")
+    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+    tokens = [s["token"] for s in json.loads((tree / "v1.0-test" / "sample.json").read_text())]
+    boxes, meta = load_prediction_of_sample_tokens(str(path), 500, DetectionBox, tokens)
+    assert meta["use_camera"] and meta["use_radar"] and not meta["use_lidar"]
+    assert set(json.loads(path.read_text())["results"]) == set(tokens) and len(boxes.all) > 0
+    with pytest.raises(SourceMissingError):  # the LiDAR network needs the files that are gone
+        predict_split(line.lidar, tree, "v1.0-test", "test", tmp_path / "lidar")
+    assert not (tmp_path / "lidar" / "results.json").exists()
+
+
+def test_unknown_splits_and_missing_trees_are_said(line, tmp_path: Path) -> None:
+    from pipelines.predict import predict_split
+
+    with pytest.raises(UsageError, match="unknown split"):
+        predict_split(line.students["student0"], line.tree, "v1.0-mini", "validation", tmp_path)
+    with pytest.raises(SourceMissingError):
+        predict_split(line.students["student0"], tmp_path, "v1.0-mini", "mini_val", tmp_path)
