@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 from imkd_data.cache import layout
 from imkd_data.cache.commit import sha256_hex, storage_error
 from imkd_data.cache.receipt import parse_json
-from imkd_data.cache.store import Cache, _File
+from imkd_data.cache.shard_file import ShardFile
+from imkd_data.cache.store import Cache
 from imkd_data.errors import CacheDamageError, ImkdError, StorageError, UsageError
 from imkd_data.fields.base import CacheField
 
@@ -248,7 +249,7 @@ class RemoteCache(Cache):
     def check_sizes(self, only: Any = None) -> None:
         """Nothing to compare yet: every shard is checked by sha256 when it arrives."""
 
-    def _file(self, name: str, number: int) -> _File:
+    def _file(self, name: str, number: int) -> ShardFile:
         found = self._files.get((name, number))
         if found is not None:
             return found

@@ -6,14 +6,11 @@ a file that is cut while it is open gives an error and not a crash of the proces
 
 from __future__ import annotations
 
-import errno
 import os
-import resource
 import threading
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -21,21 +18,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from imkd_data.cache import layout
-from imkd_data.cache.codecs import CRC_RESIDUE, MISSING, blob_value, decode_row, parse_index
+from imkd_data.cache.codecs import CRC_RESIDUE, MISSING, blob_value, decode_row
 from imkd_data.cache.commit import sha256_hex, storage_error
 from imkd_data.cache.index import read_index
 from imkd_data.cache.manifest import read_manifest, suite_from_json
 from imkd_data.cache.receipt import parse_json, read_bytes, read_json
+from imkd_data.cache.shard_file import MAX_OPEN, ShardFile
 from imkd_data.errors import CacheDamageError, MismatchError, UsageError
 from imkd_data.fields.base import CacheField, Stored
 from imkd_data.recipe import Recipe
 from imkd_data.sample import SensorSuite
 
 __all__ = ["Cache", "open_cache"]
-
-T = TypeVar("T")
-
-_TRANSIENT = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN)
 
 
 def open_cache(
@@ -196,7 +190,7 @@ class Cache:
                 self._crc[name] = crc
             else:
                 self._blob[name] = self._blob_columns(name)
-        self._files: dict[tuple[str, int], _File] = {}
+        self._files: dict[tuple[str, int], ShardFile] = {}
         self._lock = threading.Lock()
         self._channel = {c.lower(): c for c in self.suite.channels}
 
@@ -392,7 +386,7 @@ class Cache:
             next=f"imkd-data verify --full {self.path}; then imkd-data repair",
         )
 
-    def _file(self, name: str, number: int) -> _File:
+    def _file(self, name: str, number: int) -> ShardFile:
         found = self._files.get((name, number))
         if found is not None:
             return found
@@ -400,7 +394,7 @@ class Cache:
         rows = self.recipe.rows_per_shard if self.fields[name].kind == "array" else 0
         entry = self.manifest["fields"][name]["shards"][number]
         try:
-            file = _File(path, rows, entry[0], keep=len(self._files) < _MAX_OPEN)
+            file = ShardFile(path, rows, entry[0], keep=len(self._files) < MAX_OPEN)
         except CacheDamageError as error:
             details = dict(error.details, field=name, shard=self.shards[number].label, file=str(path.relative_to(self.path)))
             raise CacheDamageError(error.what, rule=error.rule, **details) from error
@@ -451,83 +445,3 @@ class Cache:
 
 def _single_npy(parts: Mapping[str, bytes]) -> bool:
     return len(parts) == 1 and all(p.endswith((".npy", ".npy.zst")) for p in parts)
-
-
-def _max_open() -> int:
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 4096 if soft == resource.RLIM_INFINITY else max(8, min(4096, soft // 2))
-
-
-_MAX_OPEN = _max_open()
-
-
-class _File:
-    """A data file: its index parsed once, positioned reads. With ``keep`` false it is opened for every read, so that many
-    shards do not exhaust file descriptors; a kept file is never closed behind another thread's back."""
-
-    __slots__ = ("_fd", "_path", "_spans")
-
-    def __init__(self, path: Path, rows_per_shard: int, size: int, keep: bool) -> None:
-        self._path = path
-        self._spans: list[list[int]] | None = None
-        self._fd: int | None = None
-        fd = self._retry(lambda: os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
-        try:
-            found = os.fstat(fd).st_size
-            if found != size:
-                raise CacheDamageError(
-                    "data file has another size than its receipt",
-                    rule="data.size",
-                    expected=f"{size:,} bytes",
-                    found=f"{found:,} bytes",
-                    next="imkd-data repair",
-                )
-            if rows_per_shard:
-                tail = rows_per_shard * 16 + 4
-                self._spans = parse_index(os.pread(fd, tail, max(0, size - tail)), rows_per_shard, size).tolist()
-        except BaseException:
-            os.close(fd)
-            raise
-        if keep:
-            self._fd = fd
-        else:
-            os.close(fd)
-
-    def span(self, position: int) -> tuple[int, int]:
-        """Offset and size of a row's inner chunk."""
-        assert self._spans is not None
-        at, size = self._spans[position]
-        return at, size
-
-    def read(self, size: int, at: int) -> bytes:
-        """``size`` bytes at ``at``; fewer at the end of the file."""
-        if self._fd is not None:
-            fd = self._fd
-            return self._retry(lambda: os.pread(fd, size, at))
-        fd = self._retry(lambda: os.open(self._path, os.O_RDONLY))
-        try:
-            return self._retry(lambda: os.pread(fd, size, at))
-        finally:
-            os.close(fd)
-
-    def _retry(self, call: Callable[[], T]) -> T:
-        for pause in (0.05, 0.2, 0.8, None):
-            try:
-                return call()
-            except FileNotFoundError as error:
-                raise CacheDamageError("data file is missing", rule="data.missing", next="imkd-data repair") from error
-            except OSError as error:
-                if error.errno not in _TRANSIENT or pause is None:
-                    raise storage_error(error, self._path) from error
-                time.sleep(pause)
-        raise AssertionError("unreachable")
-
-    def close(self) -> None:
-        """Close the descriptor."""
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            os.close(fd)
-
-    def __del__(self) -> None:  # dropped by an eviction: closes with its last reader
-        if getattr(self, "_fd", None) is not None:
-            self.close()

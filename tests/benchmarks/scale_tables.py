@@ -39,9 +39,19 @@ def multiply(world: Path, out: Path, scenes: int) -> int:
     keep = ("attribute", "calibrated_sensor", "category", "log", "map", "sensor", "visibility")
     target = out / "v1.0-trainval"
     target.mkdir(parents=True, exist_ok=True)
-    for folder in ("samples", "sweeps", "maps"):
-        if not (out / folder).exists():
-            os.symlink(world / folder, out / folder)
+    # Names must differ between key frames, bytes need not: every scene gets a link to the one folder per channel.
+    for folder in ("samples", "sweeps"):
+        for channel in sorted(p.name for p in (world / folder).iterdir()):
+            payload = out / "payload" / folder / channel
+            payload.mkdir(parents=True, exist_ok=True)
+            for file in (world / folder / channel).iterdir():
+                if not (payload / file.name).exists():
+                    os.link(file, payload / file.name)
+            (out / folder / channel).mkdir(parents=True, exist_ok=True)
+            for scene in range(scenes):
+                link = out / folder / channel / f"s{scene:04d}"
+                if not link.is_symlink():
+                    link.symlink_to(payload.resolve())
     first = tables["scene"][0]
     mine = {r["token"] for r in tables["sample"] if r["scene_token"] == first["token"]}
     data = [r for r in tables["sample_data"] if r["sample_token"] in mine]
@@ -68,6 +78,9 @@ def multiply(world: Path, out: Path, scenes: int) -> int:
                             copy[key] = token(copy[key], scene)
                     if "timestamp" in copy:
                         copy["timestamp"] += scene * 100_000_000
+                    if "filename" in copy:
+                        head, _, tail = copy["filename"].rpartition("/")
+                        copy["filename"] = f"{head}/s{scene:04d}/{tail}"
                     if name == "scene":
                         copy["name"] = names[scene]
                     last = scene == len(names) - 1 and i == len(part) - 1

@@ -283,7 +283,7 @@ def test_f54_foreign_files_are_ignored(damaged: Callable[[], Path]) -> None:
 def test_f58_permission_lost_and_stale_handle(damaged: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
 
-    from imkd_data.cache import store
+    from imkd_data.cache import shard_file as store
     from imkd_data.errors import StorageError
 
     cache = open_toy_cache(damaged())
