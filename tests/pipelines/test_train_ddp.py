@@ -25,15 +25,19 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def launch(arguments: list[str], world: int) -> None:
-    """As torchrun does: one process a rank, told by the environment."""
+def launch(arguments: list[str], world: int, *, slurm: bool = False) -> None:
+    """As torchrun or srun do: one process a rank, told by the environment."""
     base = {**os.environ, "PYTHONPATH": f"{HERE.parents[1]}:{HERE}", "OMP_NUM_THREADS": "1"}
-    if world > 1:
+    if slurm:
+        base |= {"SLURM_NTASKS": str(world), "SLURM_NTASKS_PER_NODE": str(world), "SLURM_JOB_NUM_NODES": "1"}
+        base |= {"SLURM_JOB_ID": str(20_000 + os.getpid() % 20_000), "SLURM_JOB_NAME": "imkd", "SLURM_NODELIST": "localhost"}
+    elif world > 1:
         base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
         base |= {"LOCAL_WORLD_SIZE": str(world), "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
     processes = []
     for rank in range(world):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
+        names = ("SLURM_PROCID", "SLURM_LOCALID") if slurm else ("RANK", "LOCAL_RANK")
+        own = dict.fromkeys(names, str(rank)) | ({"SLURM_NODEID": "0"} if slurm else {}) if world > 1 else {}
         command = [sys.executable, *arguments]
         processes.append(subprocess.Popen(command, env={**base, **own}, stderr=subprocess.PIPE, text=True))
     try:
@@ -83,8 +87,8 @@ def test_a_run_resumes_on_two_ranks(world_folder: Path, tmp_path: Path) -> None:
         "from pipelines.train import train\ntorch.set_num_threads(1)\n"
         f"run = toy_run(max_steps=5, batch_size=1, global_batch=2)\n"
         f"train(run, toy_cache(Path({str(world_folder / 'world')!r})), Path({str(tmp_path / 'run')!r}), resume=True,"
-        " accelerator='cpu')\n"
+        " accelerator='cpu', devices=2)\n"
     )
-    launch([str(script)], 2)
+    launch([str(script)], 2, slurm=True)
     saved = load_checkpoint(tmp_path / "run")
     assert saved.step == 5 and saved.training["stream"]["consumed"] == 10
