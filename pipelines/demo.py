@@ -192,6 +192,24 @@ def run_demo(
     # Starting a process costs more than a tiny world.
     workers = workers or (1 if quick else max(1, min(4, len(os.sched_getaffinity(0)))))
     clock = _Clock(out, progress)
+    with _threads(1 if quick else None):
+        return _stages(out, size, seed, workers, clock)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Tiny tensors on shared cores: several threads that wait for each other are slower than one."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _stages(out: Path, size: DemoSize, seed: int, workers: int, clock: _Clock) -> DemoResult:
     with clock.stage("world"):
         _world(out, size, seed, workers, clock)
     with clock.stage("cache"):
