@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["CRN_RADAR_COLUMNS", "BevDepthView", "CrnView", "in_image"]
 
 CRN_RADAR_COLUMNS = ("x", "y", "z", "rcs", "vx_comp", "vy_comp", "sweep")
-_CATEGORY = {detection: category for category, detection in reversed(list(CLASS_FROM_CATEGORY.items()))}
+# One raw category for each detection class: the common one.
+_CATEGORY = {detection: category for category, detection in reversed(list(CLASS_FROM_CATEGORY.items()))} | {
+    "bus": "vehicle.bus.rigid"
+}
 F32 = NDArray[np.float32]
 
 
