@@ -181,7 +181,7 @@ class SensorSuite:
     lidar: str | None
     radars: tuple[str, ...]  # the order of every radar axis
     radar_columns: tuple[str, ...]  # raw columns of a radar file, in order; x, y, z and vx.., vy.. pairs are geometry
-    reflectance_max: float  # largest LiDAR intensity
+    reflectance_max: float  # largest LiDAR intensity; readers give whole numbers 0..255
     image_hw_px: tuple[int, int]  # full size
     max_radar_sweeps: int
     max_radar_points: int  # per scan

@@ -47,7 +47,7 @@ def main(path, steps=100):
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     print(f"loss {losses[0]:.5f} -> {losses[-1]:.5f} on {len(radar)} samples")
     return losses
 

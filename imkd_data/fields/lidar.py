@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from imkd_data.errors import InputDataError
 from imkd_data.fields.base import CacheField, Stored
 from imkd_data.fields.codec import OnePayload, array_from_part, part_from_array, too_many
 from imkd_data.kernels.quantise import quantise
@@ -77,6 +78,16 @@ def _rasterise(payload: Payload, recipe: Recipe) -> _Planes:
             *("a BEV cell holds more returns than it can count", "lidar.cell_overflow", 65_535, 65_534, payload),
             advice="use a smaller cell (--set grid.cell_m=...) or fewer sweeps",
             field="lidar_bev_count",
+        )
+    if dropped[3]:
+        raise InputDataError(
+            "LiDAR intensity is not whole numbers 0..255",
+            rule="lidar.intensity",
+            expected="a reader that gives intensities as 0..255",
+            found=f"{int(dropped[3]):,} other values",
+            token=payload.sample.token,
+            scene=payload.sample.scene,
+            field="lidar_bev_sum",
         )
     planes.dropped.update({k: int(v) for k, v in zip(DROPPED, dropped, strict=True) if v})
     return planes

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 __all__ = ["DROPPED", "add_sweep", "pool_view"]
 
 # What the counters of ``add_sweep`` count, in order.
-DROPPED = ("own_car", "outside_grid", "outside_z_span")
+DROPPED = ("own_car", "outside_grid", "outside_z_span", "intensity_not_whole")
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -39,7 +39,8 @@ def add_sweep(
     xyz_m (N, 3), intensity (N,): sensor frame, whole intensities 0..255. rotation, translation_m: ego_from_sensor.
     grid_mm: x_min, y_min, cell. z_mm: lower end and span. own_car_mm: x0, x1, y0, y1, z0, z1, half open, left out.
     strongest, z_code: largest (intensity, z code) of a cell. provenance (3, Y, X), or (3, 0, 0) to leave it out: x and y of
-    that return inside its cell in 1/256 cell, and ``sweep``; of equal returns the first. dropped (3,) counts by ``DROPPED``.
+    that return inside its cell in 1/256 cell, and ``sweep``; of equal returns the first. dropped (4,) counts by ``DROPPED``,
+    last the points inside whose intensity is no whole number 0..255: they are not counted, and the caller must refuse them.
     A count stops at 65,535, which the caller must refuse.
     """
     x_min, y_min, cell = grid_mm[0], grid_mm[1], grid_mm[2]
@@ -70,6 +71,9 @@ def add_sweep(
             continue
         code = dz * 255 // z_mm[1]
         value = int(intensity[i])
+        if value < 0 or value > 255 or float(value) != float(intensity[i]):
+            dropped[3] += 1
+            continue
         first = count[row, column] == 0
         if count[row, column] < 65535:
             count[row, column] += np.uint16(1)

@@ -426,3 +426,17 @@ def test_F13_a_filter_that_leaves_nothing(payload: Payload, row: dict[str, Any])
     assert before == after
     with pytest.raises(UsageError, match="unknown radar filter"):
         radar_filter_mask(radar, "all")
+
+
+@pytest.mark.parametrize("value", [0.5, -1.0, 256.0])
+def test_planes_refuse_intensities_that_are_no_codes(payload: Payload, value: float) -> None:
+    """Whatever reader they come from: a data set with 0..1 must be scaled by its reader, not cut to zero here."""
+    from dataclasses import replace
+
+    scan = payload.lidar[0]
+    features = scan.features.copy()
+    features[:, 0] = value
+    with pytest.raises(InputDataError, match="whole numbers"):
+        compute(
+            replace(payload, lidar=(replace(scan, features=features), *payload.lidar[1:])), recipe_for(), ("lidar_bev_sum",)
+        )
