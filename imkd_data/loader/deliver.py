@@ -25,9 +25,10 @@ STD = (58.395, 57.12, 57.375)
 
 def normalised(images_BTVHWC: Tensor) -> Tensor:
     """u8 RGB (..., H, W, 3) -> f32 (..., 3, H, W), ImageNet mean and deviation."""
-    mean = torch.tensor(MEAN, device=images_BTVHWC.device)
-    std = torch.tensor(STD, device=images_BTVHWC.device)
-    return ((images_BTVHWC.float() - mean) / std).movedim(-1, -3).contiguous()
+    out = images_BTVHWC.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    scale = torch.tensor([1 / s for s in STD], device=out.device)[:, None, None]
+    shift = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)], device=out.device)[:, None, None]
+    return torch.addcmul(shift, out, scale)
 
 
 def depth_maps(uvd: Tensor, batch: Tensor, view: Tensor, *, shape_BVHW: tuple[int, int, int, int]) -> Tensor:
@@ -37,8 +38,8 @@ def depth_maps(uvd: Tensor, batch: Tensor, view: Tensor, *, shape_BVHW: tuple[in
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     flat = (((batch * num_views + view) * height + row) * width + column)[inside]
     out = torch.full((num_batch * num_views * height * width,), torch.inf, device=uvd.device)
-    out = out.scatter_reduce(0, flat, uvd[:, 2][inside].float(), "amin")
-    return torch.where(out.isinf(), 0, out).view(shape_BVHW)
+    out.scatter_reduce_(0, flat, uvd[:, 2][inside].float(), "amin")
+    return out.nan_to_num_(posinf=0.0).view(shape_BVHW)
 
 
 def move_planes(
@@ -48,17 +49,19 @@ def move_planes(
 
     Exact for the identity and, on symmetric grids, for flips; else within half a cell. Outside the source: 0.
     """
-    first = next(iter(planes.values()))
-    centres = torch.from_numpy(target.centres()).to(first.device).reshape(-1, 2)  # (Y X, 2) f64
-    ego_from_bev = torch.linalg.inv(bev_from_ego_B44.double())
-    xy = torch.einsum("bij,nj->bni", ego_from_bev[:, :2, :2], centres) + ego_from_bev[:, None, :2, 3]
-    mm = (xy * 1000).floor().long()
-    column = torch.div(mm[..., 0] - source.x_min_mm, source.cell_mm, rounding_mode="floor")
-    row = torch.div(mm[..., 1] - source.y_min_mm, source.cell_mm, rounding_mode="floor")
+    device = next(iter(planes.values())).device
+    centres = target.centres()
+    x = torch.from_numpy(centres[0, :, 0].copy()).to(device)[None, None, :]
+    y = torch.from_numpy(centres[:, 0, 1].copy()).to(device)[None, :, None]
+    m = torch.linalg.inv(bev_from_ego_B44.double())[:, :, :, None, None]  # ego_from_bev
+    mm_x = ((m[:, 0, 0] * x + m[:, 0, 1] * y + m[:, 0, 3]) * 1000).floor_()
+    mm_y = ((m[:, 1, 0] * x + m[:, 1, 1] * y + m[:, 1, 3]) * 1000).floor_()
+    column = ((mm_x - source.x_min_mm) / source.cell_mm).floor_().long()
+    row = ((mm_y - source.y_min_mm) / source.cell_mm).floor_().long()
     inside = (row >= 0) & (row < source.ny) & (column >= 0) & (column < source.nx)
-    flat = torch.where(inside, row * source.nx + column, 0)
+    flat = torch.where(inside, row * source.nx + column, 0).flatten(1)
     return {
-        name: torch.where(inside, plane.reshape(len(plane), -1).gather(1, flat), 0).view(len(plane), *target.shape)
+        name: torch.where(inside, plane.reshape(len(plane), -1).gather(1, flat).view_as(inside), 0)
         for name, plane in planes.items()
     }
 

@@ -53,13 +53,15 @@ def decode_image(jpeg: bytes, draw: ImageDraw) -> NDArray[np.uint8]:
         source = simplejpeg.decode_jpeg(jpeg, "RGB", min_height=draw.resized_h_px, min_width=draw.resized_w_px)
     except ValueError as error:
         raise InputDataError(f"an image cannot be decoded: {error}", rule="image.decode") from error
-    out = np.zeros((draw.height_px, draw.width_px, 3), dtype=np.uint8)
     x0, x1 = max(0, draw.left_px), min(draw.resized_w_px, draw.left_px + draw.width_px)
     y0, y1 = max(0, draw.top_px), min(draw.resized_h_px, draw.top_px + draw.height_px)
+    out = np.zeros((draw.height_px, draw.width_px, 3), dtype=np.uint8)
     if x1 > x0 and y1 > y0:
         sx, sy = source.shape[1] / draw.resized_w_px, source.shape[0] / draw.resized_h_px
         box = (x0 * sx, y0 * sy, x1 * sx, y1 * sy)
         window = Image.fromarray(source).resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC, box=box)
+        if (y1 - y0, x1 - x0) == out.shape[:2]:
+            return np.asarray(window)[:, ::-1] if draw.flip else np.asarray(window)
         out[y0 - draw.top_px : y1 - draw.top_px, x0 - draw.left_px : x1 - draw.left_px] = np.asarray(window)
     return out[:, ::-1] if draw.flip else out
 
