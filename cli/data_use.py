@@ -197,4 +197,25 @@ def synth(screen: Screen, out: Path, fault: str | None, image_size: str, scenes:
     screen.emit("written", out=str(root), scenes=scenes, bytes=size)
 
 
-COMMANDS = (inspect, export, bench, synth)
+@click.command()
+@click.argument("cache", type=PATH)
+@click.option("--rerun", "recording", type=PATH, required=True, metavar="FILE.rrd", help="Write a Rerun recording.")
+@click.option("--scene", help="Scene name; default: the first one.")
+@common
+def view(screen: Screen, cache: Path, recording: Path, scene: str | None) -> None:
+    """A scene over time for the Rerun viewer: cameras, LiDAR, radar, boxes, BEV intensity (pip install 'imkd[rerun]').
+
+    \b
+    Examples:
+      imkd-data view C --rerun scene.rrd --scene scene-0061
+      rerun scene.rrd
+    """
+    from imkd_data.cache.store import open_cache
+    from pipelines.rerun_view import log_scene
+
+    path = log_scene(open_cache(cache), recording, scene=scene)
+    screen.say(f"wrote {path}")
+    screen.emit("recording", path=str(path), bytes=path.stat().st_size)
+
+
+COMMANDS = (inspect, export, bench, synth, view)
