@@ -68,7 +68,7 @@ def radar_bev(nusc: NuScenes, sample: dict, full_rotation: bool) -> np.ndarray:
     lidar, lidar_cal, lidar_pose = records(nusc, sample["data"]["LIDAR_TOP"])
     to_lidar = [transform_matrix(r["translation"], Quaternion(r["rotation"]), inverse=True) for r in (lidar_cal, lidar_pose)]
     every = np.zeros((18, 0))
-    for name in RADARS:
+    for name in (r for r in RADARS if r in sample["data"]):
         token = sample["data"][name]
         for sweep in range(8):
             data, cal, pose = records(nusc, token)

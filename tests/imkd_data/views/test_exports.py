@@ -259,3 +259,41 @@ def test_radar_only_cache_is_refused_with_the_reason(raw_root: Path, tmp_path: P
     for kind in ("crn", "bevdepth", "bevfusion", "mmdet3d"):
         with pytest.raises(MismatchError, match="LIDAR_TOP"):
             EXPORTS[kind](opened, tmp_path / kind, rows=opened.rows(), dataroot=raw_root)
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif(not NUMPY_1, reason="the reference's own rounding differs with NumPy 2")
+def test_genuine_keyframe_equals_the_scripts_byte_for_byte(real_keyframe: Path, tmp_path: Path) -> None:
+    from nuscenes.nuscenes import NuScenes
+
+    from imkd_data import open_cache
+    from pipelines.build import build
+
+    build(
+        dataroot=real_keyframe,
+        version="v1.0-mini",
+        splits=("mini_train",),
+        out=tmp_path / "cache",
+        sensors=("LIDAR_TOP", *reference.CAMERAS, "RADAR_FRONT"),
+        recipe_overrides={"images_mode": "reference"},
+        executor="sync",
+        fsync=False,
+    )
+    opened = open_cache(tmp_path / "cache")
+    EXPORTS["crn"](opened, tmp_path / "crn", rows=opened.rows(), dataroot=real_keyframe)
+    nusc = NuScenes("v1.0-mini", str(real_keyframe), verbose=False)
+    (sample,) = nusc.sample
+    bev = reference.radar_bev(nusc, sample, full_rotation=True)
+    for folder, tables in (
+        ("depth_gt", reference.depth_gt(nusc, sample)),
+        ("radar_pv_filter", reference.radar_pv(nusc, sample, bev)),
+    ):
+        for name, table in tables.items():
+            assert (tmp_path / "crn" / folder / f"{name}.bin").read_bytes() == table.tobytes(), name
+    (file,) = (tmp_path / "crn" / "radar_bev_filter").iterdir()
+    assert file.read_bytes() == bev.tobytes() and 30 < len(bev) <= 125
+    stored = opened.view("crn").sample(int(opened.rows()[0]))
+    for name, table in reference.depth_gt(nusc, sample).items():
+        camera = name.split("__")[1]
+        assert abs(len(stored["depth_gt"][camera]) - len(table)) <= max(2, 0.003 * len(table)) and len(table) > 2900
+    assert equal(infos(tmp_path / "crn" / "nuscenes_infos_train.pkl"), reference.crn_infos(nusc, {"scene-0061"}, False))
