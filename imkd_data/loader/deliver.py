@@ -28,7 +28,7 @@ def normalised(images_BTVHWC: Tensor) -> Tensor:
     out = images_BTVHWC.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     scale = torch.tensor([1 / s for s in STD], device=out.device)[:, None, None]
     shift = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)], device=out.device)[:, None, None]
-    return torch.addcmul(shift, out, scale)
+    return torch.addcmul(shift, out, scale, out=out)
 
 
 def depth_maps(uvd: Tensor, batch: Tensor, view: Tensor, *, shape_BVHW: tuple[int, int, int, int]) -> Tensor:
