@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from imkd_data.errors import UsageError
+from imkd_data.geometry import BevGrid
+from imkd_data.recipe import PLANE_GRID
 
 __all__ = ["DemoEvent", "DemoResult", "DemoSize", "Stage", "run_demo"]
 
@@ -24,19 +25,22 @@ OWNED = ("world", "cache", "teacher", "label", "student", "report.html", "stages
 STAGES = ("world", "cache", "teacher", "label", "student", "scores", "report")
 
 
+# Cells of 1.6 m, a quarter of the usual number: four times as many steps in the same time are worth far more here.
+GRID = BevGrid(x_min_m=-51.2, y_min_m=-51.2, cell_m=1.6, nx=64, ny=64)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoSize:
     """How much is made and trained. steps: of teacher, label encoder, student, batch size 1."""
 
-    scenes: int = 6
-    keyframes: int = 10
-    image_hw_px: tuple[int, int] = (450, 800)
-    stored_hw_px: tuple[int, int] = (198, 352)
-    steps: tuple[int, int, int] = (240, 80, 240)
+    scenes: int = 10
+    keyframes: int = 8
+    image_hw_px: tuple[int, int] = (225, 400)
+    steps: tuple[int, int, int] = (480, 120, 400)
 
 
 FULL = DemoSize()
-QUICK = DemoSize(scenes=2, keyframes=4, image_hw_px=(225, 400), steps=(16, 8, 12))
+QUICK = DemoSize(scenes=2, keyframes=4, steps=(30, 10, 20))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,13 +163,18 @@ def _prepare(out: Path) -> None:
 
 
 def demo_runs(size: DemoSize, seed: int) -> dict[str, Any]:
-    """The three runs: those of ``overfit``, on the train split, with the demo's numbers of steps."""
+    """The three runs: those of ``overfit``, on the train split and the demo's grid, with the demo's numbers of steps."""
+    from imkd_models.config import ModelConfig
+    from imkd_models.presets import preset_config
     from pipelines.runs import get_run
 
+    models: tuple[ModelConfig, ...] = tuple(preset_config(name, grid=GRID) for name in ("tiny_lidar", "tiny_label", "tiny"))
     runs = {}
-    for stage, steps in zip(get_run("overfit").stages, size.steps, strict=True):
+    for stage, model, steps in zip(get_run("overfit").stages, models, size.steps, strict=True):
         loader = replace(stage.loader, split="train")
-        runs[stage.name] = stage.with_values(max_steps=steps, checkpoint_every=steps, seed=seed, loader=loader, log_every=5)
+        runs[stage.name] = stage.with_values(
+            model=model.as_dict(), max_steps=steps, checkpoint_every=steps, seed=seed, loader=loader, log_every=10
+        )
     return runs
 
 
@@ -249,7 +258,7 @@ def _cache(out: Path, size: DemoSize, workers: int, clock: _Clock) -> None:
         version="v1.0-mini",
         splits=("mini_train", "mini_val"),
         out=out / "cache",
-        recipe_overrides={"image_hw_px": size.stored_hw_px},
+        recipe_overrides={"images_mode": "original", "view_cells": GRID.cell_mm // PLANE_GRID.cell_mm},
         executor="threads" if workers > 1 else "sync",
         workers=workers,
         progress=lambda event: clock.tell(event.done / max(1, event.total), event.text),
@@ -302,7 +311,7 @@ def _report(out: Path, size: DemoSize, seed: int, clock: _Clock) -> str:
         out / "report.html",
         cache=out / "cache",
         title="imkd demo: a LiDAR teacher and the camera-radar student it taught",
-        commands=commands(out),
+        commands=commands(out, size, seed),
         stages=[asdict(s) for s in clock.done],
         notes=notes,
         worst=2 if size is FULL else 1,
@@ -312,18 +321,20 @@ def _report(out: Path, size: DemoSize, seed: int, clock: _Clock) -> str:
     return f"{path} ({path.stat().st_size / 1e6:.1f} MB)"
 
 
-def commands(out: Path) -> list[str]:
-    """The same steps by hand."""
+def commands(out: Path, size: DemoSize, seed: int) -> list[str]:
+    """The same steps by hand; networks and numbers of steps are in each run's ``last.ckpt/checkpoint.json``."""
     run = f"--cache {out}/cache --out {out}"
     score = f"--cache {out}/cache --dataroot {out}/world"
+    height, width = size.image_hw_px
+    world = f"--scenes {size.scenes} --keyframes {size.keyframes} --image-size {height}x{width} --seed {seed}"
     return [
-        f"imkd-data synth --out {out}/world --version v1.0-mini",
-        f"imkd-data build --dataroot {out}/world --version v1.0-mini --split mini --out {out}/cache",
+        f"imkd-data synth --out {out}/world {world}",
+        f"imkd-data build --dataroot {out}/world --split mini --out {out}/cache --images original",
         f"imkd train tiny_teacher {run}/teacher",
         f"imkd train tiny_label {run}/label --teacher lidar={out}/teacher/last.ckpt",
         f"imkd train tiny_student {run}/student --method imkd --teacher lidar={out}/teacher/last.ckpt "
         f"--teacher label={out}/label/last.ckpt",
         f"imkd evaluate --checkpoint {out}/student/last.ckpt {score} --out {out}/student/eval",
+        f"imkd view {out} --cache {out}/cache --out {out}/view.html",
         f"imkd report {out}/teacher {out}/student --cache {out}/cache --out {out}/report.html",
-        f"# this page: {' '.join(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv))}",
     ]

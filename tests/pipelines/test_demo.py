@@ -10,7 +10,7 @@ import pytest
 from imkd_data.errors import UsageError
 from pipelines.demo import OWNED, STAGES, DemoSize, demo_runs, run_demo
 
-SMALLEST = DemoSize(scenes=2, keyframes=2, image_hw_px=(90, 160), stored_hw_px=(90, 160), steps=(2, 1, 2))
+SMALLEST = DemoSize(scenes=2, keyframes=2, image_hw_px=(90, 160), steps=(2, 1, 2))
 
 
 def test_demo_goes_through_every_stage(tmp_path: Path) -> None:
