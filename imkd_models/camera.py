@@ -6,15 +6,17 @@ Letters: V views, D depth bins, H W rows and columns of the feature map. Geometr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from imkd_data.errors import RecipeError
+from imkd_data.errors import InputDataError, RecipeError
 from imkd_data.geometry import BevGrid
 from imkd_models.blocks import BasicBlock, StageNeck, cell_index, conv_norm_relu, count_per_rank, inverse44
 from imkd_models.config import StudentConfig
+from imkd_models.keymap import public_key, read_public, resnet_rules
 from imkd_models.pooling import bev_pool
 
 __all__ = ["BACKBONES", "DepthNet", "Frustum", "ImageEncoder", "ViewTransform", "depth_loss", "depth_targets", "frustum"]
@@ -57,17 +59,37 @@ BACKBONES: dict[str, Backbone] = {
 
 
 def build_backbone(name: str, weights: str | None) -> nn.Module:
-    """The named image backbone; weights = published name or local folder, None = random."""
+    """The named image backbone. weights: ``published``, a published name or local folder for transformers, a ``.pth`` file of
+    torchvision's ResNet (what CRN starts from), None = random."""
     if name not in BACKBONES:
         raise RecipeError("unknown image backbone", expected=", ".join(BACKBONES), found=name)
     import transformers  # seconds to import: only where a camera branch is built
 
     spec, features = BACKBONES[name], ["stage1", "stage2", "stage3", "stage4"]
+    if weights is not None and weights.endswith((".pth", ".pt")):
+        return _torchvision_resnet(build_backbone(name, None), Path(weights))
     if weights is not None:
         source = spec.published if weights == "published" else weights
         return transformers.AutoBackbone.from_pretrained(source, out_features=features)
     config = getattr(transformers, spec.config)(out_features=features, **spec.arguments)
     return transformers.AutoBackbone.from_config(config)
+
+
+def _torchvision_resnet(backbone: nn.Module, file: Path) -> nn.Module:
+    """Load torchvision's names; its classifier is the only part that may be left over."""
+    state, own = read_public(file), backbone.state_dict()
+    names = {key: public_key(resnet_rules("", ""), f".{key}")[0].removeprefix(".") for key in own}
+    missing = [theirs for theirs in names.values() if theirs not in state and not theirs.endswith("num_batches_tracked")]
+    unused = sorted(set(state) - set(names.values()) - {"fc.weight", "fc.bias"})
+    if missing or unused:
+        raise InputDataError(
+            "the file is no torchvision ResNet of this depth",
+            file=str(file),
+            expected=f"missing: {', '.join(missing[:5]) or 'none'}",
+            found=f"unused: {', '.join(unused[:5]) or 'none'}",
+        )
+    backbone.load_state_dict({key: state.get(theirs, own[key]) for key, theirs in names.items()})
+    return backbone
 
 
 class ImageEncoder(nn.Module):

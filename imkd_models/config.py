@@ -95,8 +95,8 @@ def _tuples(value: Any) -> Any:
 class StudentConfig(ModelConfig):
     """Camera-radar student; the defaults are CRN with ResNet-50.
 
-    history: keyframe offsets, newest first. backbone: a key of camera.BACKBONES; backbone_weights: published name or
-    local folder, None = random. depth_*: bins start at depth_min_m. radar_encoder: perspective (CRN, needs cameras) |
+    history: keyframe offsets, newest first. backbone: a key of camera.BACKBONES; backbone_weights: see
+    camera.build_backbone, None = random. depth_*: bins start at depth_min_m. radar_encoder: perspective (CRN, needs cameras) |
     bev (pillars on the BEV grid). geometry_rows: height of a frustum cell from the ``top`` or the ``mean`` valid feature
     row. fuser_stride: the attention fusers work on a grid coarser by this factor (1 in CRN; 2 for small CPU models).
     """
@@ -207,7 +207,8 @@ class LidarConfig(ModelConfig):
     encoder: pillar | resnet34 | voxel. pillars_per_cell: pillars along one head cell. widths, layers: stage0, stage1,
     stage2 (stage1 lies on the head grid). neck_stages: 3 = all (3 x neck_channels), 2 = stage1 and stage2 only.
     intensity_scale multiplies reflectance 0..1 (255 for imported public networks). points_per_pillar: cap of the public
-    code, 0 = none (with a cap its padding enters the maximum). convention: bev | mmdet3d_lwh | mmdet3d_wlh, see
+    code, 0 = none (with a cap its padding enters the maximum). scaled_inputs: point values of order one
+    instead of metres (faster in short runs; public networks take metres). convention: bev | mmdet3d_lwh | mmdet3d_wlh, see
     convention.py. mount_m: where the sensor sits in ego. near_removed_m: points of past sweeps within this distance of the
     sensor in x and y are left out (1.0 in mmdetection3d; 0 = none).
     """
@@ -218,6 +219,7 @@ class LidarConfig(ModelConfig):
     pillar_channels: int = 64
     pillar_centre_values: int = 2  # offsets to the pillar centre: x, y (2) or x, y, z (3)
     points_per_pillar: int = 0
+    scaled_inputs: bool = False
     norm_momentum: float = 0.01
     z_range_m: tuple[float, float] = (-5.0, 3.0)
     intensity_scale: float = 1.0

@@ -19,11 +19,10 @@ from torch import Tensor
 from imkd_data.errors import InputDataError, MismatchError, UsageError
 from imkd_models.config import CRN_PARITY, LidarConfig, ModelConfig, StudentConfig
 from imkd_models.detector import Detector
+from imkd_models.keymap import Rule, public_key, read_public, resnet_rules
 from imkd_models.presets import build_model, centerpoint_pillar_config, crn_r18_config, crn_r50_config
 
 __all__ = ["SOURCES", "Source", "import_public", "import_state", "public_keys", "read_public"]
-
-Rule = tuple[str, str, str]
 
 # Changes of a tensor on the way in.
 _CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -33,19 +32,6 @@ _CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     # CRN's view aggregation runs on (column, depth) planes, ours on (depth, column).
     "plane": lambda x: x.transpose(2, 3) if x.dim() == 4 else x,
 }
-
-
-def _resnet(ours: str, theirs: str) -> list[Rule]:
-    """transformers' ResNet from torchvision's and mmdetection's names."""
-    block = rf"{ours}\.encoder\.stages\.(\d+)\.layers\.(\d+)"
-    return [
-        (rf"{ours}\.embedder\.embedder\.convolution\.(.*)", rf"{theirs}.conv1.\1", ""),
-        (rf"{ours}\.embedder\.embedder\.normalization\.(.*)", rf"{theirs}.bn1.\1", ""),
-        (rf"{block}\.shortcut\.convolution\.(.*)", rf"{theirs}.layer+\1.\2.downsample.0.\3", ""),
-        (rf"{block}\.shortcut\.normalization\.(.*)", rf"{theirs}.layer+\1.\2.downsample.1.\3", ""),
-        (rf"{block}\.layer\.(\d+)\.convolution\.(.*)", rf"{theirs}.layer+\1.\2.conv+\3.\4", ""),
-        (rf"{block}\.layer\.(\d+)\.normalization\.(.*)", rf"{theirs}.layer+\1.\2.bn+\3.\4", ""),
-    ]
 
 
 def _head(theirs: str) -> list[Rule]:
@@ -85,7 +71,7 @@ def _second(ours: str, theirs: str) -> list[Rule]:
 
 _VIEW = ("reduce_conv.0", "reduce_conv.1", "conv.0", "conv.1", "conv.3", "conv.4")
 _CRN: list[Rule] = [
-    *_resnet(r"camera\.image\.backbone", "model.backbone_img.img_backbone"),
+    *resnet_rules(r"camera\.image\.backbone", "model.backbone_img.img_backbone"),
     *_neck(r"camera\.image\.neck", "model.backbone_img.img_neck", 2),
     (r"camera\.depth\.reduce\.(.*)", r"model.backbone_img.depth_net.reduce_conv.\1", ""),
     (r"camera\.depth\.context\.(.*)", r"model.backbone_img.depth_net.context_conv.\1", ""),
@@ -183,29 +169,9 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def _their_key(rules: list[Rule], key: str) -> tuple[str, str]:
-    """Their name and the change for one of our keys. In templates ``+g`` adds one to group g, ``*g+h`` is 3 g + h."""
-    for pattern, template, change in rules:
-        found = re.fullmatch(pattern, key)
-        if found is not None:
-            return _filled(template, found), change
-    raise KeyError(key)
-
-
-def _filled(template: str, found: re.Match[str]) -> str:
-    def tripled(m: re.Match[str]) -> str:
-        return str(3 * int(found[int(m[1])]) + int(found[int(m[2])]))
-
-    def plus_one(m: re.Match[str]) -> str:
-        return str(int(found[int(m[1])]) + 1)
-
-    text = re.sub(r"\*\\(\d)\+\\(\d)", tripled, template)
-    return found.expand(re.sub(r"\+\\(\d)", plus_one, text))
-
-
 def public_keys(source: str, model: torch.nn.Module) -> dict[str, tuple[str, str]]:
     """{our key: (their key, change)} for every tensor of the model."""
-    return {key: _their_key(SOURCES[source].rules, key) for key in model.state_dict()}
+    return {key: public_key(SOURCES[source].rules, key) for key in model.state_dict()}
 
 
 def import_state(source: str, state: Mapping[str, Tensor], model: torch.nn.Module) -> None:
@@ -234,25 +200,6 @@ def import_state(source: str, state: Mapping[str, Tensor], model: torch.nn.Modul
             next="check that the file is of this family and version (imkd import --help)",
         )
     model.load_state_dict(own)
-
-
-def read_public(file: Path) -> dict[str, Tensor]:
-    """The state dict in a public file, read without executing anything in it."""
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputDataError("no such weights file", file=str(file)) from error
-    except Exception as error:
-        raise InputDataError(
-            "the file cannot be read as plain weights",
-            file=str(file),
-            found=str(error).splitlines()[0],
-            next="keep only its state_dict: torch.save({'state_dict': ...}) in the environment that wrote it",
-        ) from error
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputDataError("the file holds no state dict", file=str(file), expected="{'state_dict': {name: tensor}}")
-    return dict(state)
 
 
 def import_public(source: str, file: Path, *, boxes: str | None = None) -> tuple[Detector, dict[str, Any]]:

@@ -74,7 +74,14 @@ class PillarEncoder(nn.Module):
         centre = (torch.stack([column, row], dim=-1) + 0.5) * grid.cell_m + xyz.new_tensor([grid.x_min_m, grid.y_min_m])
         middle = torch.full_like(xyz[:, :1], sum(c.z_range_m) / 2)
         to_centre = (xyz - torch.cat([centre, middle], dim=1))[:, : c.pillar_centre_values]
-        return torch.cat([values, xyz - mean, to_centre], dim=1), cell
+        features = torch.cat([values, xyz - mean, to_centre], dim=1)
+        return features * self._scale(features) if c.scaled_inputs else features, cell
+
+    def _scale(self, like: Tensor) -> Tensor:
+        """x, y over the grid's half width, heights over 2 m, offsets over half a pillar: inputs of order one."""
+        half, pillar = self.grid.cell_m * max(self.grid.nx, self.grid.ny) / 2, self.grid.cell_m / 2
+        scale = [1 / half, 1 / half, 0.5, 1.0, 1.0, 1 / pillar, 1 / pillar, 1.0, 1 / pillar, 1 / pillar, 0.5]
+        return like.new_tensor(scale[: like.shape[1]])
 
     def _first_points(self, features: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
         order = cell.argsort(stable=True)

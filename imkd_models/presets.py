@@ -136,6 +136,7 @@ _TINY_STUDENT: dict[str, Any] = {
     "head_shared": 48,
     "head_branch": 0,
     "head_float32": False,
+    "velocity_weight": 0.2,
 }
 
 
@@ -178,6 +179,7 @@ def tiny_lidar_config(**changes: Any) -> LidarConfig:
         "name": "tiny_lidar",
         "pillars_per_cell": 2,
         "pillar_channels": 16,
+        "scaled_inputs": True,
         "norm_momentum": 0.1,
         "widths": (16, 32, 64),
         "layers": (0, 2, 2),
@@ -185,7 +187,6 @@ def tiny_lidar_config(**changes: Any) -> LidarConfig:
         "neck_channels": 32,
         "head_shared": 48,
         "head_branch": 0,
-        "velocity_weight": 1.0,
     }
     return LidarConfig(**{**values, **changes})
 
@@ -203,7 +204,7 @@ def tiny_label_config(**changes: Any) -> LabelConfig:
     grid: BevGrid = changes.get("grid", StudentConfig(name="").grid)
     ny, nx = grid.shape
     stages = (("bev_stage1", 32, ny, nx), ("bev_stage2", 64, ny // 2, nx // 2))
-    return LabelConfig(**{"name": "tiny_label", "stages": stages, "hidden": 32, "velocity_weight": 1.0, **changes})
+    return LabelConfig(**{"name": "tiny_label", "stages": stages, "hidden": 32, **changes})
 
 
 def fusion_config(**changes: Any) -> FusionConfig:
@@ -220,7 +221,6 @@ def tiny_fusion_config(**changes: Any) -> FusionConfig:
         "student": tiny_config(radar=False, depth_input=True),
         "lidar_channels": 48,
         "fused_channels": 48,
-        "velocity_weight": 1.0,
     }
     return FusionConfig(**{**values, **changes})
 

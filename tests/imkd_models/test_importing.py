@@ -14,7 +14,8 @@ from imkd_data.errors import InputDataError, MismatchError, UsageError
 from imkd_models.convention import map_from_network, map_to_network, network_grid
 from imkd_models.detector import LidarDetector, StudentDetector
 from imkd_models.head import DecodeOptions, decode
-from imkd_models.importing import _CHANGES, SOURCES, import_public, import_state, public_keys, read_public
+from imkd_models.importing import _CHANGES, SOURCES, import_public, import_state, public_keys
+from imkd_models.keymap import read_public
 from imkd_models.label import LabelEncoder
 from imkd_models.presets import crn_r50_config, label_config_for
 
@@ -93,6 +94,24 @@ def test_changes_of_axes_equal_the_public_layers():
     conv = nn.Conv2d(5, 3, 3, padding=1)
     public = conv(x.transpose(2, 3)).transpose(2, 3)
     torch.testing.assert_close(nn.functional.conv2d(x, _CHANGES["plane"](conv.weight), conv.bias, padding=1), public)
+
+
+def test_torchvision_backbone_weights_are_a_file(tmp_path):
+    from imkd_models.camera import build_backbone
+    from imkd_models.keymap import public_key, resnet_rules
+
+    source = build_backbone("resnet_tiny", None)
+    names = {k: public_key(resnet_rules("", ""), f".{k}")[0][1:] for k in source.state_dict()}
+    assert {"conv1.weight", "bn1.bias", "layer2.0.downsample.1.weight", "layer4.0.conv2.weight"} <= set(names.values())
+    state = {names[k]: v for k, v in source.state_dict().items()} | {"fc.weight": torch.zeros(2, 2)}
+    torch.save(state, tmp_path / "resnet.pth")
+    loaded = build_backbone("resnet_tiny", str(tmp_path / "resnet.pth"))
+    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), loaded.state_dict().values(), strict=True))
+    encoder = StudentDetector(small_student(backbone_weights=str(tmp_path / "resnet.pth"))).camera.image
+    assert not any(p.requires_grad for p in encoder.stem.parameters()) and not encoder.train().stem.training
+    torch.save({k: v for k, v in state.items() if k != "layer1.0.conv1.weight"}, tmp_path / "short.pth")
+    with pytest.raises(InputDataError, match=r"layer1\.0\.conv1"):
+        build_backbone("resnet_tiny", str(tmp_path / "short.pth"))
 
 
 def test_missing_unused_and_misshapen_keys_are_named():

@@ -57,7 +57,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 def test_pillars_equal_a_slow_loop():
     torch.manual_seed(0)
-    config = small_lidar(intensity_scale=255.0, near_removed_m=1.0)
+    config = small_lidar(intensity_scale=255.0, near_removed_m=1.0, scaled_inputs=False)
     grid = finer(ODD_GRID, 2)
     encoder, batch = PillarEncoder(config, grid).eval(), make_batch(ground=200)
     features, cell = encoder._features(batch.lidar, 2 * grid.ny * grid.nx)
@@ -82,6 +82,16 @@ def test_pillars_equal_a_slow_loop():
     b, r, c = key // (grid.ny * grid.nx), key // grid.nx % grid.ny, key % grid.nx
     torch.testing.assert_close(canvas[b, :, r, c], rows)
     assert (canvas.amax(1) > 0).sum() <= len(members)
+
+
+def test_scaled_inputs_are_of_order_one_and_say_the_same():
+    grid, batch = finer(ODD_GRID, 2), make_batch(ground=200)
+    num = 2 * grid.ny * grid.nx
+    plain, cell = PillarEncoder(small_lidar(scaled_inputs=False), grid)._features(batch.lidar, num)
+    scaled, same = PillarEncoder(small_lidar(scaled_inputs=True), grid)._features(batch.lidar, num)
+    ratio = torch.tensor([1 / 12.8, 1 / 12.8, 0.5, 1, 1, 5, 5, 1, 5, 5])
+    assert torch.equal(cell, same) and scaled.abs().max() < 3
+    torch.testing.assert_close(scaled, plain * ratio)
 
 
 def test_capped_pillars_take_the_first_points_and_their_padding():
