@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from imkd_data.errors import InputDataError, SourceMissingError, UsageError
 from imkd_data.geometry import sensor_at
 from imkd_data.readers.files import SourceFiles
-from imkd_data.readers.nuscenes_samples import SceneBuilder
+from imkd_data.readers.nuscenes_samples import SceneBuilder, annotation_values
 from imkd_data.readers.nuscenes_tables import NuScenesTables, load_tables
 from imkd_data.readers.pcd import parse_lidar, parse_radar
 from imkd_data.readers.splits import SPLITS
@@ -260,7 +260,7 @@ class NuScenesReader:
         where = {"token": sample.token, "scene": sample.scene}
         digests = self._digests.get(sample.token)
         if digests is None:
-            digests = self._digests[sample.token] = _digests(sample)
+            digests = self._digests[sample.token] = _digests(sample, annotation_values(self.tables, sample.token))
             while len(self._digests) > 256:
                 self._digests.popitem(last=False)
         parts = ["pose", *(p for p in ("boxes", "cameras", "lidar", "lidar_key", "radar") if p in needs)]
@@ -294,8 +294,9 @@ def _sweeps(sample: Sample, needs: frozenset[str]) -> Iterable[Sweep]:
             yield from sweeps
 
 
-def _digests(sample: Sample) -> dict[str, str]:
-    """Hash of the table values behind each part of a sample. No paths of the machine, no times of the disk."""
+def _digests(sample: Sample, annotations: list[Any]) -> dict[str, str]:
+    """Hash of the table values behind each part of a sample. No paths of the machine, no times of the disk, and nothing that
+    went through a library's sine or arc tangent, whose last bits differ between versions."""
 
     def digest(*values: Any) -> str:
         state = sha256()
@@ -312,21 +313,6 @@ def _digests(sample: Sample) -> dict[str, str]:
         c = f.camera
         cameras += [c.name, c.timestamp_us, c.width_px, c.height_px, c.image_from_camera]
         cameras += [c.ego_from_camera.matrix34(), f.vehicle_from_camera.matrix34()]
-    b = sample.boxes
-    boxes: list[Any] = []
-    if b is not None:
-        boxes = [
-            b.centre_m,
-            b.size_lwh_m,
-            b.yaw_rad,
-            b.velocity_mps,
-            b.label,
-            b.num_lidar,
-            b.num_radar,
-            b.attribute,
-            b.visibility,
-        ]
-        boxes += [b.token, b.instance, b.track]
     return {
         "pose": digest(
             sample.token, sample.timestamp_us, sample.global_from_ego.matrix34(), sample.ego_from_reference.matrix34()
@@ -335,7 +321,7 @@ def _digests(sample: Sample) -> dict[str, str]:
         "lidar": digest(*(v for s in sample.lidar for v in sweep(s))),
         "lidar_key": digest(*(v for s in sample.lidar[:1] for v in sweep(s))),
         "radar": digest(*(v for c, sweeps in sample.radar.items() for s in sweeps for v in (c, *sweep(s)))),
-        "boxes": digest(b is None, *boxes),
+        "boxes": digest(*(["none"] if sample.boxes is None else [*annotations, sample.boxes.track])),
     }
 
 

@@ -26,7 +26,7 @@ from imkd_data.geometry import (
 from imkd_data.readers.nuscenes_tables import I64, NuScenesTables
 from imkd_data.sample import Boxes, ImageFrame, Sample, SensorSuite, Sweep
 
-__all__ = ["SUSPECT_SCENES", "SceneBuilder", "annotation_velocities"]
+__all__ = ["SUSPECT_SCENES", "SceneBuilder", "annotation_values", "annotation_velocities"]
 
 # Scenes whose ego poses are known to be wrong in places; reported, never corrected.
 SUSPECT_SCENES = frozenset({"scene-0499", "scene-0501", "scene-0502", "scene-0515", "scene-0517"})
@@ -49,6 +49,18 @@ def annotation_velocities(tables: NuScenesTables, rows: NDArray[Any]) -> F64:
     with np.errstate(divide="ignore", invalid="ignore"):
         velocity = (tables.ann_translation[last] - tables.ann_translation[first]) / dt[:, None]
     return np.where(known[:, None], velocity, np.nan)
+
+
+def annotation_values(tables: NuScenesTables, sample_token: str) -> list[Any]:
+    """Everything of the tables that the boxes of a sample are made of, as raw values: for hashing."""
+    t = tables
+    sample = t.sample_token.index(sample_token).as_py()
+    rows = t.ann_order[t.ann_start[sample] : t.ann_start[sample + 1]]
+    category = [t.category_name[c] if c >= 0 else "" for c in t.instance_category[t.ann_instance[rows]]]
+    attribute = [t.attribute_name[a] if a >= 0 else "" for a in t.ann_attribute[rows]]
+    tokens = [t.ann_token.take(rows).to_pylist(), t.ann_instance_token.take(rows).to_pylist()]
+    arrays = [t.ann_translation[rows], t.ann_size[rows], t.ann_quaternion[rows], t.ann_points[rows], t.ann_visibility[rows]]
+    return [*tokens, category, attribute, *arrays, annotation_velocities(t, rows)]
 
 
 class SceneBuilder:
