@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imkd_data.cache import store
+from imkd_data.cache import remote, store
 from imkd_data.fields.base import CacheField
 from imkd_data.geometry import BevGrid
 
@@ -22,9 +23,6 @@ __all__ = ["Cache", "open_cache"]
 
 class Cache(store.Cache):
     """A cache opened for reading, with views for other models and maps on other grids."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Cache, (self.path, self._own_fields)
 
     def view(self, kind: str | Callable[..., View], **options: Any) -> View:
         """Rows as another model takes them: ``cache.view("crn").sample(row)``, ``.dataset("train")``. See ``imkd_data.views``.
@@ -55,12 +53,19 @@ class Cache(store.Cache):
         return self.select(expression)
 
 
+class RemoteCache(remote.RemoteCache, Cache):
+    """The same at a URL: shards are fetched, checked and kept in a bounded local store when they are first read."""
+
+
 def open_cache(
     path: str | os.PathLike[str], *, check: bool = True, fields: Iterable[CacheField] = (), only: Sequence[str] | None = None
-) -> Cache:
-    """Open a finished cache; needs no raw data. See ``imkd_data.cache.store.open_cache`` for arguments and errors."""
-    from pathlib import Path
+) -> Cache | RemoteCache:
+    """Open a finished cache, a folder or a URL that fsspec knows; needs no raw data.
 
+    See ``imkd_data.cache.store.open_cache`` for arguments and errors.
+    """
+    if isinstance(path, str) and remote.is_url(path):
+        return remote.open_remote(path, fields=fields, kind=RemoteCache)  # type: ignore[return-value]
     cache = Cache(Path(path), tuple(fields))
     if check:
         cache.check_sizes(only)

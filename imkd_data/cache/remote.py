@@ -57,10 +57,12 @@ def open_remote(
     limit_bytes: int = DEFAULT_LIMIT,
     fields: Iterable[CacheField] = (),
     timeout_s: float = READ_TIMEOUT_S,
+    kind: type[RemoteCache] | None = None,
 ) -> RemoteCache:
     """Open a cache at a URL. Metadata is fetched now, shards when a row of them is first read.
 
-    store: folder of the local copies, default ``default_store()``. limit_bytes: shards kept there by this cache.
+    store: folder of the local copies, default ``default_store()``. limit_bytes: shards kept there by this cache. kind: the
+    class of the result, for subclasses.
 
     Raises:
         StorageError: the server does not answer, after bounded retries. CacheDamageError: what arrives is not what the
@@ -81,7 +83,8 @@ def open_remote(
         _safe_name(name)
         if not (folder / name).is_file():
             _publish(folder / name, source.read(name, _sealed(seal, name)))
-    return RemoteCache(url, Path(store or default_store()), limit_bytes, timeout_s, folder, tuple(fields), source)
+    made = kind or RemoteCache
+    return made(url, Path(store or default_store()), limit_bytes, timeout_s, folder, tuple(fields), source)
 
 
 def _safe_name(name: str) -> None:
@@ -244,7 +247,7 @@ class RemoteCache(Cache):
         super().__init__(folder, own_fields)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.url, str(self.store), self.limit_bytes, self._own_fields, self.timeout_s)
+        return _reopen, (type(self), self.url, str(self.store), self.limit_bytes, self._own_fields, self.timeout_s)
 
     def check_sizes(self, only: Any = None) -> None:
         """Nothing to compare yet: every shard is checked by sha256 when it arrives."""
@@ -287,5 +290,7 @@ class RemoteCache(Cache):
             total -= size
 
 
-def _reopen(url: str, store: str, limit_bytes: int, fields: tuple[CacheField, ...], timeout_s: float) -> RemoteCache:
-    return open_remote(url, store=store, limit_bytes=limit_bytes, fields=fields, timeout_s=timeout_s)
+def _reopen(
+    kind: type[RemoteCache], url: str, store: str, limit_bytes: int, fields: tuple[CacheField, ...], timeout_s: float
+) -> RemoteCache:
+    return open_remote(url, store=store, limit_bytes=limit_bytes, fields=fields, timeout_s=timeout_s, kind=kind)

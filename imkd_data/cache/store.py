@@ -93,7 +93,7 @@ class Cache:
         self._open_index()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Cache, (self.path, self._own_fields)
+        return type(self), (self.path, self._own_fields)
 
     def __repr__(self) -> str:
         return f"Cache({str(self.path)!r}, {self.index.num_rows} samples, {len(self.fields)} fields, id {self.id[:12]})"

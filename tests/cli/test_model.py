@@ -161,9 +161,9 @@ def test_train_by_command_line(toy: Any, tmp_path: Path, monkeypatch: pytest.Mon
     """The whole command on the toy cache: --config, --json, the refusal of a used folder, --resume auto, --plan."""
     from toy_training import toy_run
 
-    import imkd_data.cache.store as store
+    import imkd_data.opened as opened
 
-    monkeypatch.setattr(store, "open_cache", lambda *a, **k: toy)
+    monkeypatch.setattr(opened, "open_cache", lambda *a, **k: toy)
     import pipelines.runs as runs
 
     monkeypatch.setitem(runs.RUNS, "toy_lidar", toy_run)
