@@ -18,6 +18,18 @@ __all__ = ["group"]
 PATH = click.Path(path_type=Path)
 
 
+class CachePath(click.ParamType):
+    """A folder, or a URL that fsspec knows (a Path would lose one of its slashes)."""
+
+    name = "cache"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path | str:
+        return value if isinstance(value, str) and "://" in value else Path(value)
+
+
+CACHE = CachePath()
+
+
 def say(text: str) -> None:
     """A line for people, on stderr."""
     click.echo(text, err=True)
@@ -104,7 +116,7 @@ def resolve_run(
 
 @group.command()
 @click.argument("run")
-@click.option("--cache", required=True, type=PATH, help="Cache folder (imkd-data build).")
+@click.option("--cache", required=True, type=CACHE, help="Cache folder (imkd-data build) or URL.")
 @click.option("--out", type=PATH, help="Folder of the run.")
 @click.option("--method", help="Distillation method (imkd methods); several are joined by +.")
 @click.option("--teacher", multiple=True, metavar="NAME=CKPT", help="Frozen teacher; repeat for several.")
@@ -169,6 +181,8 @@ def train(
         memory_limit=memory_limit,
         dataroot=dataroot,
     )
+    if result.rank != 0:
+        return
     made = result.stages or {resolved.name: result.checkpoint}
     if as_json:
         out_json(
@@ -190,7 +204,7 @@ def train(
 
 @group.command()
 @click.option("--checkpoint", required=True, type=PATH)
-@click.option("--cache", required=True, type=PATH)
+@click.option("--cache", required=True, type=CACHE)
 @click.option("--dataroot", required=True, type=PATH, help="nuScenes tree that holds the truth.")
 @click.option("--out", required=True, type=PATH, help="Gets results.json and metrics_summary.json.")
 @click.option("--engine", default="devkit", show_default=True, type=click.Choice(["devkit", "fast"]))

@@ -45,7 +45,8 @@ def make_fabric(run: Run, machine: Machine) -> Any:
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     nodes = max(1, _env_int("SLURM_JOB_NUM_NODES", 1)) if _env_int("SLURM_NTASKS", 1) > 1 else 1
     world = max(devices * nodes, _env_int("WORLD_SIZE", 1), _env_int("SLURM_NTASKS", 1))
-    strategy: Any = DDPStrategy(find_unused_parameters=True) if world > 1 else "auto"
+    # A method may leave parts of the student without gradient (a partition, a switched-off term); plain networks do not.
+    strategy: Any = DDPStrategy(find_unused_parameters=run.method is not None) if world > 1 else "auto"
     local = _env_int("LOCAL_WORLD_SIZE", 0) or devices
     fabric = Fabric(accelerator=accelerator, devices=local, num_nodes=nodes, strategy=strategy, precision=run.precision)  # type: ignore[arg-type]
     fabric.launch()

@@ -29,6 +29,7 @@ from pipelines.networks import Networks, TrainUnit, build_networks, use_cached_t
 from pipelines.optimise import Ema, lr_factor, make_optimiser
 from pipelines.run import Run, check_resumable
 from pipelines.trainlog import Meter, Tick, TrainLog
+from pipelines.trainmeta import cache_meta, saved_run, stage_teachers, stream_meta
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
@@ -40,7 +41,8 @@ Progress = Callable[[Tick], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """checkpoint: last.ckpt of the (last) network. step: optimiser steps done. losses: terms of the last logged step.
+    """checkpoint: last.ckpt of the (last) network. step: optimiser steps done. losses: terms of the last logged
+    step. rank: of this process.
     stages: checkpoints by stage for a run of several networks."""
 
     out: Path
@@ -48,6 +50,7 @@ class TrainResult:
     step: int
     losses: dict[str, float]
     seconds: float
+    rank: int = 0
     stages: dict[str, Path] = field(default_factory=dict)
 
 
@@ -84,30 +87,11 @@ def train(
         return _Trainer(run, opened, root, given, run.name, resume, progress, machine, dataroot).train()
     for stage in run.stages:
         folder = root / stage.name
-        wanted = _stage_teachers(stage, given, made)
+        wanted = stage_teachers(stage, given, made)
         trainer = _Trainer(stage, opened, folder, wanted, run.name, "auto" if resume else False, progress, machine, dataroot)
         result = trainer.train()
         made[stage.name] = folder / "last.ckpt"
     return replace(result, out=root, stages=made)
-
-
-# Stage name -> the teacher name under which later stages use it.
-_TEACHER_OF_STAGE = {"teacher": "lidar", "label": "label", "fusion": "fusion"}
-
-
-def _stage_teachers(stage: Run, given: Mapping[str, Path | str], made: Mapping[str, Path]) -> dict[str, Path | str]:
-    have: dict[str, Path | str] = {_TEACHER_OF_STAGE[n]: p for n, p in made.items() if n in _TEACHER_OF_STAGE}
-    have.update(given)
-    if stage.model.get("kind") == "label":
-        names: tuple[str, ...] = ("lidar",)
-    elif stage.method:
-        from imkd_models.distill import make_method
-
-        method = make_method(stage.method)
-        names = method.teachers_for(method.make_options(stage.options))
-    else:
-        names = ()
-    return {n: have[n] for n in names if n in have}
 
 
 class _Trainer:
@@ -127,7 +111,7 @@ class _Trainer:
     ) -> None:
         self.run, self.cache, self.out, self.top = run, cache, out, top
         self.progress, self.dataroot = progress, dataroot
-        self.saved = _saved(out, resume)
+        self.saved = saved_run(out, resume)
         self.fabric = make_fabric(run, machine)
         self.world, self.rank = self.fabric.world_size, self.fabric.global_rank
         self.global_batch, self.accumulate = accumulation(run, self.world)
@@ -196,6 +180,7 @@ class _Trainer:
             step=self.total,
             losses=self.losses,
             seconds=time.perf_counter() - begun,
+            rank=self.rank,
         )
 
     def _set_up(self) -> tuple[Any, Any, Ema | None, int]:
@@ -346,8 +331,8 @@ class _Trainer:
             "model": self.networks.config.as_dict(),
             "networks": {n: m.config.as_dict() for n, m in self.networks.kept.items()},  # type: ignore[union-attr,operator]
             "teachers": self.networks.teacher_sha256,
-            "cache": self._cache_meta(),
-            "stream": self._stream_meta(),
+            "cache": cache_meta(self.cache, self.stream),
+            "stream": stream_meta(self.stream),
             "metrics": {"losses": self.losses, **({} if score is None else {"score": score})},
         }
         save_checkpoint(
@@ -379,51 +364,11 @@ class _Trainer:
             device=self.fabric.device,
         )
 
-    def _cache_meta(self) -> dict[str, Any]:
-        recipe = self.cache.recipe
-        return {
-            "id": self.cache.id,
-            "fields": self.stream.identity()["fields"],
-            "dataset": recipe.dataset,
-            "version": recipe.version,
-            "sensors": list(recipe.sensors),
-            "reference_channel": recipe.reference_channel,
-        }
-
-    def _stream_meta(self) -> dict[str, Any]:
-        """How batches must be made for this network at inference: evaluate and predict read it."""
-        request = self.stream.request
-        return {
-            "history": list(request.history),
-            "image_hw_px": list(request.image_hw_px),
-            "grid": request.grid.as_dict(),
-            "radar_filter": request.radar_filter,
-            "radar_features": list(request.radar_features),
-            "radar_sweeps": request.radar_sweeps,
-            "lidar_sweeps": request.lidar_sweeps,
-        }
-
     def _best(self) -> float:
         try:
             return float(load_checkpoint(self.out / "best.ckpt").meta["metrics"]["score"])
         except (ImkdError, KeyError):
             return float("-inf")
-
-
-def _saved(out: Path, resume: bool | str) -> Checkpoint | None:
-    """The checkpoint to continue from. Errors: UsageError where a run exists and --resume was not given."""
-    there = (out / "last.ckpt").is_symlink()
-    if resume == "auto":
-        return load_checkpoint(out / "last.ckpt") if there else None
-    if resume:
-        return load_checkpoint(out / "last.ckpt")
-    if there:
-        raise UsageError(
-            "this folder holds a run already",
-            found=str(out / "last.ckpt"),
-            next="continue it with --resume, or choose another --out",
-        )
-    return None
 
 
 def _interrupted(number: int, step: int, total: int) -> InterruptedBuildError:

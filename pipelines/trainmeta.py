@@ -1,0 +1,79 @@
+"""What a run knows about its surroundings: earlier checkpoints, teachers made by earlier stages, cache and stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imkd_data.errors import UsageError
+from imkd_data.loader.stream import Stream
+from imkd_models.checkpoint import Checkpoint, load_checkpoint
+from pipelines.run import Run
+
+if TYPE_CHECKING:
+    from imkd_data.cache.store import Cache
+
+__all__ = ["cache_meta", "saved_run", "stage_teachers", "stream_meta"]
+
+# Stage name -> the teacher name under which later stages use it.
+_TEACHER_OF_STAGE = {"teacher": "lidar", "label": "label", "fusion": "fusion"}
+
+
+def stage_teachers(stage: Run, given: Mapping[str, Path | str], made: Mapping[str, Path]) -> dict[str, Path | str]:
+    """Teachers of one stage: those given, else those that earlier stages made; only what the stage uses."""
+    have: dict[str, Path | str] = {_TEACHER_OF_STAGE[n]: p for n, p in made.items() if n in _TEACHER_OF_STAGE}
+    have.update(given)
+    if stage.model.get("kind") == "label":
+        names: tuple[str, ...] = ("lidar",)
+    elif stage.method:
+        from imkd_models.distill import make_method
+
+        method = make_method(stage.method)
+        names = method.teachers_for(method.make_options(stage.options))
+    else:
+        names = ()
+    return {n: have[n] for n in names if n in have}
+
+
+def cache_meta(cache: Cache, stream: Stream) -> dict[str, Any]:
+    """Identity and sensors of the cache, and versions of the fields that are read."""
+    recipe = cache.recipe
+    return {
+        "id": cache.id,
+        "fields": stream.identity()["fields"],
+        "dataset": recipe.dataset,
+        "version": recipe.version,
+        "sensors": list(recipe.sensors),
+        "reference_channel": recipe.reference_channel,
+    }
+
+
+def stream_meta(stream: Stream) -> dict[str, Any]:
+    """How batches must be made for this network at inference: evaluate, predict and export read it."""
+    request = stream.request
+    return {
+        "history": list(request.history),
+        "image_hw_px": list(request.image_hw_px),
+        "grid": request.grid.as_dict(),
+        "radar_filter": request.radar_filter,
+        "radar_features": list(request.radar_features),
+        "radar_sweeps": request.radar_sweeps,
+        "lidar_sweeps": request.lidar_sweeps,
+    }
+
+
+def saved_run(out: Path, resume: bool | str) -> Checkpoint | None:
+    """The checkpoint to continue from. Errors: UsageError where a run exists and --resume was not given."""
+    there = (out / "last.ckpt").is_symlink()
+    if resume == "auto":
+        return load_checkpoint(out / "last.ckpt") if there else None
+    if resume:
+        return load_checkpoint(out / "last.ckpt")
+    if there:
+        raise UsageError(
+            "this folder holds a run already",
+            found=str(out / "last.ckpt"),
+            next="continue it with --resume, or choose another --out",
+        )
+    return None
