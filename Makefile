@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 12) else "imkd needs Python 3.11 or 3.12, found %d.%d; set PYTHON=python3.11" % v[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(TORCH_PIP_ARGS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,docs,onnx]'
 	@$(BIN)/python -c 'import shutil, torch; cuda = torch.version.cuda; gpu = shutil.which("nvidia-smi"); print("torch", torch.__version__, "CUDA", cuda or "none (CPU build)"); cuda and not gpu and print("warning: a CUDA build of torch is installed but no GPU was found; a CPU build is much smaller, see README Install")'
 	@touch $@
 
