@@ -290,7 +290,7 @@ def evaluate_checkpoint(
             next="give --dataroot",
         )
     model, meta = load_model(checkpoint, device)
-    results = predict_cache(model, opened, rows, out, device=device, batch_size=batch_size, progress=progress)
+    results = predict_cache(model, opened, rows, out, meta=meta, device=device, batch_size=batch_size, progress=progress)
     return evaluate_results(
         results,
         dataroot=Path(dataroot),

@@ -181,16 +181,19 @@ def predict_cache(
     rows: Sequence[int] | np.ndarray,
     out: Path,
     *,
-    meta: Mapping[str, Any] | None = None,
+    meta: Mapping[str, Any],
     device: str = "cpu",
     batch_size: int = 1,
     workers: int = 0,
     progress: Progress | None = None,
     **overrides: Any,
 ) -> Path:
-    """Rows of a cache -> ``out/results.json``, a nuScenes submission. Returns its path."""
+    """Rows of a cache -> ``out/results.json``, a nuScenes submission. Returns its path.
+
+    meta: of the checkpoint; without its run's loader settings the network would see other radar points than in training.
+    """
     found = predict_rows(
-        model, cache, rows, meta or {}, device=device, batch_size=batch_size, workers=workers, progress=progress, **overrides
+        model, cache, rows, meta, device=device, batch_size=batch_size, workers=workers, progress=progress, **overrides
     )
     return write_results(Path(out), _entries(found), model_sensors(model))
 

@@ -228,3 +228,15 @@ def test_unknown_splits_and_missing_trees_are_said(line, tmp_path: Path) -> None
         predict_split(line.students["student0"], line.tree, "v1.0-mini", "validation", tmp_path)
     with pytest.raises(SourceMissingError):
         predict_split(line.students["student0"], tmp_path, "v1.0-mini", "mini_val", tmp_path)
+
+
+def test_evaluation_sees_the_radar_of_training(line, tmp_path: Path, monkeypatch) -> None:
+    """Filter and sweeps of the run that made the checkpoint reach the stream (they are 6 and none there, not the default)."""
+    from imkd_data.loader import stream as module
+    from pipelines.evaluate import evaluate_checkpoint
+
+    seen = []
+    plain = module.stream
+    monkeypatch.setattr(module, "stream", lambda *a, **k: seen.append(k) or plain(*a, **k))
+    evaluate_checkpoint(line.students["student0"], line.cache, line.tree, tmp_path, engine="fast")
+    assert [(k["radar_sweeps"], k["radar_filter"]) for k in seen] == [(6, "none")]
