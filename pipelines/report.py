@@ -312,7 +312,7 @@ def _identity(facts: Sequence[RunFacts], cache: Cache | None) -> str:
         rows.append(["cache", f"{cache.id} ({len(cache)} samples; {splits}; {', '.join(cache.recipe.sensors)})"])
     for f in facts:
         values = {"folder": f.folder.name, "evaluation": f.scores.get("checkpoint"), "scored cache": f.scores.get("cache")}
-        values |= {k: f.meta.get(k) for k in ("name", "method", "step", "weights", "software", "command")}
+        values |= {k: f.meta.get(k) for k in ("name", "method", "step", "weights_sha256", "software", "command")}
         rows += [[f"{f.name}: {k}", _short(v)] for k, v in values.items() if v not in (None, "", {})]
         run = f.meta.get("run")
         if isinstance(run, Mapping):
