@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,22 @@ def counted(run: Run, *, macs: bool = True) -> dict[str, Any]:
 
 
 def macs_key(config: ModelConfig) -> str:
-    """Identity of a configuration in ``macs.json``."""
-    return hashlib.sha256(canonical_json(config.as_dict())).hexdigest()[:16]
+    """Identity of a configuration in ``macs.json``: what differs from its kind's defaults, so that a new setting with a
+    default changes no key."""
+    return hashlib.sha256(canonical_json(_departures(config))).hexdigest()[:16]
+
+
+def _departures(config: ModelConfig) -> dict[str, Any]:
+    defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
+    plain = config.as_dict()
+    out: dict[str, Any] = {"kind": config.kind}
+    for name in (f.name for f in fields(config)):
+        value = getattr(config, name)
+        if name == "name" or (name in defaults and value == defaults[name]):
+            continue
+        nested = isinstance(value, ModelConfig)
+        out[name] = _departures(value) if nested else plain[name]
+    return out
 
 
 def _known_macs(config: ModelConfig) -> int | None:

@@ -1,0 +1,82 @@
+"""Validation while training by the official metric; a loader worker that dies; the table of counted multiply-adds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from disk_cache import disk_cache
+
+from imkd_data import open_cache
+from imkd_data.errors import CacheDamageError, StorageError, UsageError
+from imkd_data.loader.stream import stream
+from imkd_models.checkpoint import load_checkpoint
+from pipelines.counting import _TABLE, count_macs, macs_key, resolved_config
+from pipelines.run import OptimConfig
+from pipelines.runs import RUNS, get_run
+from pipelines.train import train
+
+
+def test_the_best_checkpoint_is_kept_and_training_is_not_disturbed(line: Any, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    optim = OptimConfig(lr=1e-3, schedule="constant", ema=0.5)
+    run = get_run("tiny_teacher").with_values(
+        max_steps=2, batch_size=1, checkpoint_every=1, keep=1, log_every=1, tensorboard=False, optim=optim
+    )
+    plain = train(run, line.cache, tmp_path / "plain", accelerator="cpu")
+    scored = train(run.with_values(validate_every=1), line.cache, tmp_path / "scored", dataroot=line.tree, accelerator="cpu")
+    best = load_checkpoint(tmp_path / "scored" / "best.ckpt")
+    assert 0.0 <= best.meta["metrics"]["score"] <= 1.0 and best.step in (1, 2)
+    assert (tmp_path / "scored" / "validation" / "metrics_summary.json").is_file()
+    assert load_checkpoint(plain.checkpoint).files == load_checkpoint(scored.checkpoint).files
+    with pytest.raises(UsageError, match="--dataroot"):
+        train(run.with_values(validate_every=1), line.cache, tmp_path / "no_truth", accelerator="cpu")
+
+
+def test_a_dead_worker_is_an_error_with_tokens_and_advice(tmp_path: Path) -> None:
+    cache = open_cache(disk_cache(tmp_path))
+    batches = iter(stream(cache, 1, workers=1, split="all", fields=("boxes",)))
+    next(batches)
+    import multiprocessing
+
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid or 0, signal.SIGKILL)
+    with pytest.raises(StorageError, match="worker died") as error:
+        for _ in batches:
+            pass
+    assert "/dev/shm" in str(error.value) and error.value.details["token"] and error.value.code == 5
+
+
+def test_damage_in_a_worker_keeps_its_details(tmp_path: Path) -> None:
+    root = disk_cache(tmp_path)
+    cache = open_cache(root)
+    row = int(cache.rows("train")[0])
+    file = root / "arrays.zarr" / "boxes" / "c" / "0" / "0" / "0"
+    data = bytearray(file.read_bytes())
+    data[5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CacheDamageError) as error:
+        next(iter(stream(cache, 1, workers=1, rows=[row], shuffle="none", fields=("boxes",))))
+    assert error.value.details["token"] == cache.token(row) and error.value.details["field"] == "boxes"
+
+
+def test_the_table_of_counts_is_current() -> None:
+    """Every named run is in it (`python -m pipelines.counting` writes it); small ones are counted anew."""
+    table = json.loads(_TABLE.read_text())
+    missing = []
+    for name, make in RUNS.items():
+        run = make()
+        for one in run.stages or (run,):
+            config = resolved_config(one)
+            if config.kind == "label":
+                continue
+            if macs_key(config) not in table:
+                missing.append(f"{name}/{one.name}")
+            elif "tiny" in config.name:
+                assert table[macs_key(config)] == count_macs(config), name
+    assert not missing, "run `python -m pipelines.counting`"
