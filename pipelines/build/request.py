@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from imkd_data.cache.plan import split_by_sensors, stored_recipe
-from imkd_data.errors import MismatchError, RecipeError, SourceMissingError, UsageError
+from imkd_data.errors import ImkdError, MismatchError, RecipeError, SourceMissingError, UsageError
 from imkd_data.fields.base import CacheField
 from imkd_data.geometry import BevGrid
 from imkd_data.recipe import Recipe
@@ -164,6 +164,7 @@ def resolve(asked: Asked) -> Resolved:
     reference = str(values.pop("reference_channel", None) or _reference(suite, declared))
     all_splits = tuple(sorted(set(asked.splits)))
     found, missing = _choose_scenes(source, all_splits, asked.scenes or "all")
+    chosen, left_out = _without_annotations(source, all_splits, found, chosen, dict(left_out), required)
     base: dict[str, Any] = {
         "dataset": spec.dataset,
         "version": asked.version,
@@ -175,6 +176,32 @@ def resolve(asked: Asked) -> Resolved:
     }
     recipe = Recipe.from_dict({**base, **_nested(values)})
     return Resolved(spec=spec, reader=source, recipe=recipe, fields=chosen, left_out=left_out, missing_scenes=missing)
+
+
+def _without_annotations(
+    reader: Reader,
+    splits: tuple[str, ...],
+    scenes: tuple[str, ...],
+    fields: dict[str, CacheField],
+    left_out: dict[str, str],
+    required: Sequence[str],
+) -> tuple[dict[str, CacheField], dict[str, str]]:
+    """Leave out fields of boxes where the split has none (test splits): one sample tells."""
+    names = [n for n, f in fields.items() if "boxes" in f.needs]
+    first = next((s for split in splits for s in reader.scene_names(split) if not scenes or s in scenes), None)
+    if not names or first is None:
+        return fields, left_out
+    try:
+        samples = reader.samples(first)
+    except ImkdError:
+        return fields, left_out  # bad tables are told by the plan, all of them
+    if not samples or samples[0].boxes is not None:
+        return fields, left_out
+    for name in names:
+        left_out[name] = "the split has no annotations"
+        if name in required:
+            raise RecipeError(f"field {name} was asked for but the split has no annotations", field=name, next="drop it")
+    return {n: f for n, f in fields.items() if n not in names}, left_out
 
 
 def _canonical(fields: Mapping[str, CacheField]) -> dict[str, CacheField]:

@@ -168,8 +168,10 @@ def test_f30_sigkill_at_random_times(world: Path, tmp_path: Path, reference: dic
         shutil.rmtree(out)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("executor", ["sync", "processes"])
+@pytest.mark.parametrize(
+    ("executor", "number", "code"),
+    [("sync", signal.SIGTERM, 143), ("processes", signal.SIGINT, 130), ("dask", signal.SIGINT, 130)],
+)
 def test_f31_one_signal_stops_in_order(
     world: Path, tmp_path: Path, reference: dict[str, bytes], number: int, code: int, executor: str
 ) -> None:
@@ -203,7 +205,9 @@ def test_f31_two_signals_stop_at_once(world: Path, tmp_path: Path) -> None:
     _until(lambda: not _alive_in_session(process.pid))
 
 
-@pytest.mark.parametrize("mode", ["kill", "exit", "segfault"])
+@pytest.mark.parametrize(
+    "mode", ["kill", pytest.param("exit", marks=pytest.mark.slow), pytest.param("segfault", marks=pytest.mark.slow)]
+)
 def test_f32_a_worker_dies_once(world: Path, tmp_path: Path, reference: dict[str, bytes], mode: str) -> None:
     out = tmp_path / "c"
     token = open_toy(world).samples("toy-001")[2].token

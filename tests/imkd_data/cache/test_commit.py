@@ -112,7 +112,12 @@ def test_f40_temp_lies_beside_its_target(tmp_path: Path, monkeypatch: pytest.Mon
     seen = []
     real = commit._rename_new
     monkeypatch.setattr(
-        commit, "_rename_new", lambda temp, path, data: (seen.append((temp.stat().st_dev, path.parent.stat().st_dev, temp.parent == path.parent)), real(temp, path, data))[1]
+        commit,
+        "_rename_new",
+        lambda temp, path, data: (
+            seen.append((temp.stat().st_dev, path.parent.stat().st_dev, temp.parent == path.parent)),
+            real(temp, path, data),
+        )[1],
     )
     commit_bytes(tmp_path / "f", DATA)
     assert seen[0][0] == seen[0][1] and seen[0][2]
@@ -200,7 +205,7 @@ def after_power_loss(calls: list[tuple[str, ...]], start: dict[str, bytes]) -> I
             inode.pop(call[1], None)
             pending.append(call)
         elif call[0] == "fsync_folder":
-            durable = {n: v for n, v in inode.items()}
+            durable = dict(inode)
             pending = []
         states = [dict(durable), dict(inode)]
     for names in states:

@@ -25,7 +25,11 @@ from imkd_data.recipe import Recipe
 
 def inodes(out: Path) -> dict[str, tuple[int, int]]:
     """Inode and time of every file: a freed inode may be given out again at once."""
-    return {str(p.relative_to(out)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in out.rglob("*") if p.is_file() and "logs" not in p.parts}
+    return {
+        str(p.relative_to(out)): (p.stat().st_ino, p.stat().st_mtime_ns)
+        for p in out.rglob("*")
+        if p.is_file() and "logs" not in p.parts
+    }
 
 
 def data_files(names: dict[str, Any]) -> dict[str, Any]:
@@ -286,6 +290,18 @@ def test_a_field_whose_sensor_is_not_declared(toy_root: Path, tmp_path: Path) ->
     assert open_toy_cache(tmp_path / "d").recipe.reference_channel == "EYE_LEFT"
     with pytest.raises(RecipeError, match="asked for"):
         build_toy(toy_root, tmp_path / "e", sensors=["EYE_LEFT"], fields=["lidar_bev_sum"])
+
+
+def test_a_split_without_annotations_has_no_boxes(toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import toy
+
+    monkeypatch.setattr(toy, "_boxes", lambda rows: None)
+    result = build_toy(toy_root, tmp_path / "c", fields=[TOY_POSE, replace(TOY_POSE, name="toy_boxes", needs=("boxes",))])
+    assert result.left_out == {"toy_boxes": "the split has no annotations"}
+    cache = open_toy_cache(tmp_path / "c")
+    assert list(cache.fields) == ["toy_pose"] and set(cache.index["num_boxes"].to_pylist()) == {-1}
+    with pytest.raises(RecipeError, match="no annotations"):
+        build_toy(toy_root, tmp_path / "d", fields=["boxes"])
 
 
 def test_grid_is_that_of_the_test() -> None:

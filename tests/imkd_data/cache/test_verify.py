@@ -124,7 +124,10 @@ def test_f51_f52_f55_repair_rebuilds_only_what_failed(toy_root: Path, damaged: C
     }
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "recipe.json", "arrays.zarr/zarr.json", "arrays.zarr/toy_view/zarr.json", "index.parquet", "NOTICE"])
+@pytest.mark.parametrize(
+    "name",
+    ["manifest.json", "recipe.json", "arrays.zarr/zarr.json", "arrays.zarr/toy_view/zarr.json", "index.parquet", "NOTICE"],
+)
 @pytest.mark.parametrize("how", ["flip", "delete"])
 def test_f55_small_files_are_restored(toy_root: Path, damaged: Callable[[], Path], name: str, how: str) -> None:
     path = damaged()
