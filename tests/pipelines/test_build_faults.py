@@ -261,7 +261,7 @@ def test_f35_a_worker_hangs(world: Path, tmp_path: Path, executor: str) -> None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == NoProgressError.code and token in errors, errors
-    assert not _alive_in_session(process.pid)
+    _until(lambda: not _alive_in_session(process.pid), 5)
 
 
 def _alive_in_session(session: int) -> list[int]:
