@@ -118,7 +118,6 @@ def verify(
 
 def _rules(screen: Screen) -> None:
     from imkd_data.cache.geometry_rules import GEOMETRY_RULES
-
     from imkd_data.cache.verify import RULES
 
     for name, (sentence, severity) in RULES.items():

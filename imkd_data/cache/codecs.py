@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = [
     "encode_shard",
     "encode_tar",
     "parse_index",
+    "zstd_size",
 ]
 
 # c-blosc with several threads stores blocks in the order in which they finish: bytes would depend on the machine.
@@ -84,15 +86,34 @@ def encode_row(array: NDArray[Any], codec: str) -> bytes:
 
 
 def decode_row(chunk: bytes, codec: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """Inverse of encode_row; the crc must have been checked. The array is read-only."""
+    """Inverse of encode_row; the crc must have been checked. The array is read-only. ValueError where the bytes promise
+    another size than the array has, before anything of that size is made."""
     body = memoryview(chunk)[:-4]
+    size = math.prod(shape) * dtype.itemsize
     if codec == "zstd1":
-        raw = zstd.decompress(body)
+        promised = zstd_size(body)
     elif codec == "blosc3":
-        raw = blosc.decompress(body)
+        promised = int.from_bytes(body[4:8], "little")
     else:
-        raw = body
+        promised = len(body)
+    if promised != size:
+        raise ValueError(f"{promised} bytes for an array of {size}")
+    raw = zstd.decompress(body) if codec == "zstd1" else blosc.decompress(body) if codec == "blosc3" else body
     return np.frombuffer(raw, dtype.newbyteorder("<")).reshape(shape)
+
+
+def zstd_size(frame: bytes | memoryview) -> int:
+    """Content size in a zstd frame's header; ValueError where there is none."""
+    if len(frame) < 6 or bytes(frame[:4]) != b"\x28\xb5\x2f\xfd":
+        raise ValueError("not a zstd frame")
+    flags = frame[4]
+    single, width = flags >> 5 & 1, (0, 2, 4, 8)[flags >> 6]
+    if width == 0:
+        if not single:
+            raise ValueError("the zstd frame does not say its size")
+        width = 1
+    at = 5 + (1 - single) + (0, 1, 2, 4)[flags & 3]
+    return int.from_bytes(frame[at : at + width], "little") + (256 if width == 2 else 0)
 
 
 def encode_shard(chunks: Sequence[bytes | None], rows_per_shard: int) -> bytes:
@@ -158,9 +179,11 @@ def _tar_header(name: str, size: int) -> bytes:
 def blob_value(part: str, data: bytes, max_bytes: int = 1 << 30) -> Any:
     """A blob part as stored: arrays for .npy and .npy.zst, else the bytes. Never unpickles."""
     if part.endswith(".npy.zst"):
+        if zstd_size(data) > max_bytes:
+            raise CacheDamageError(
+                "a blob part unpacks to more than the limit", rule="blob.size", found=f"{zstd_size(data):,} bytes"
+            )
         data = zstd.decompress(data)
-        if len(data) > max_bytes:
-            raise CacheDamageError("a blob part unpacks to more than the limit", rule="blob.size", found=f"{len(data):,} bytes")
     elif not part.endswith(".npy"):
         return data
     return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)

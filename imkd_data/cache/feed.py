@@ -99,7 +99,8 @@ class Upstream:
         number = self.shard.number
         if name not in self.open:
             receipt = read_receipt(layout.receipt_path(self.out, name, number))
-            data = (self.out / receipt["path"]).read_bytes()
+            own = layout.is_own_path(receipt["path"], name, number)
+            data = (self.out / receipt["path"]).read_bytes() if own else b""
             if len(data) != receipt["bytes"] or crc32c_hex(data) != receipt["crc32c"]:
                 raise CacheDamageError("upstream shard is damaged", file=receipt["path"], shard=self.shard.label, field=name)
             r = self.recipe.rows_per_shard

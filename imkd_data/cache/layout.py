@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from imkd_data.errors import CacheDamageError, MismatchError
+from imkd_data.errors import CacheDamageError, MismatchError, RecipeError
 from imkd_data.fields.base import CacheField
 
-__all__ = ["Clip", "Shard", "array_path", "blob_path", "data_path", "extend_shards", "receipt_path", "shards_from_json"]
+__all__ = [
+    "Clip",
+    "Shard",
+    "array_path",
+    "blob_path",
+    "check_name",
+    "data_path",
+    "extend_shards",
+    "is_own_path",
+    "receipt_path",
+    "shards_from_json",
+]
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +131,19 @@ def data_path(field: CacheField, shard: int, row_shape: Mapping[str, tuple[int, 
     if field.kind == "blob":
         return blob_path(field.name, shard)
     return array_path(field.name, shard, 1 + len(row_shape[field.name]))
+
+
+def check_name(name: str) -> str:
+    """A field's name as part of paths: lower-case letters, digits and underscores. Raises RecipeError."""
+    if not _NAME.fullmatch(name):
+        raise RecipeError("a field name cannot be part of a path", field=repr(name), expected=_NAME.pattern)
+    return name
+
+
+def is_own_path(path: str, name: str, shard: int) -> bool:
+    """Whether a receipt's path is the one of its field and shard; a receipt from a stranger may say anything."""
+    head = f"arrays.zarr/{name}/c/{shard}"
+    return path == blob_path(name, shard) or (path.startswith(head) and re.fullmatch("(/0)*", path[len(head) :]) is not None)
 
 
 def receipt_path(out: Path, name: str, shard: int) -> Path:

@@ -127,6 +127,7 @@ class Cache:
         known = {**_known_fields(), **{f.name: f for f in own}}
         out = {}
         for name, entry in sorted(self.manifest["fields"].items(), key=lambda item: self._place(item[0])):
+            layout.check_name(name)
             stored = self._stored_field(name, entry)
             mine = known.get(name)
             same = mine is not None and mine.version == entry["version"] and mine.kind == stored.kind

@@ -221,12 +221,7 @@ def _check_data(known: _Known, names: Sequence[str], full: bool, chosen: set[int
 def _data_problems(known: _Known, name: str, receipt: Mapping[str, Any], full: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     path = known.path / receipt["path"]
     array = _is_array(known, name)
-    expected_path = layout.blob_path(name, receipt["shard"])
-    if (
-        (receipt["path"] != expected_path)
-        if not array
-        else not receipt["path"].startswith(f"arrays.zarr/{name}/c/{receipt['shard']}")
-    ):
+    if not layout.is_own_path(receipt["path"], name, receipt["shard"]):
         yield "receipt.foreign", {"found": receipt["path"]}
         return
     try:

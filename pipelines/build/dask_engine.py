@@ -30,7 +30,7 @@ def _work(packed: bytes, job: ShardJob) -> Done:
 
 
 @contextlib.contextmanager
-def _client(engine: Engine) -> Iterator[Any]:
+def _client(engine: Engine, jobs: int) -> Iterator[Any]:
     """A client of the given scheduler, or of a new local cluster that listens on 127.0.0.1 only and has no dashboard."""
     import dask
     from distributed import Client, LocalCluster
@@ -57,7 +57,7 @@ def _client(engine: Engine) -> Iterator[Any]:
     with dask.config.set(settings):
         with _interrupts_ignored():
             cluster = LocalCluster(
-                n_workers=engine.workers,
+                n_workers=max(1, min(engine.workers, jobs)),
                 threads_per_worker=1,
                 processes=True,
                 host="127.0.0.1",
@@ -86,7 +86,7 @@ def run_dask(engine: Engine, common: Common, jobs: Sequence[ShardJob]) -> Iterat
     todo = iter(jobs)
     running: dict[Any, ShardJob] = {}
     last = time.monotonic()
-    with _client(engine) as client:
+    with _client(engine, len(jobs)) as client:
         try:
             while True:
                 window = 2 * max(1, _workers(client) or engine.workers)

@@ -185,6 +185,8 @@ def kill_children() -> None:
 def run_pool(engine: Engine, common: Common, jobs: Sequence[ShardJob]) -> Iterator[Done]:
     """Jobs over ``engine.workers`` processes. A shard whose worker dies is tried three times; then its sample is named, after
     all other shards are complete."""
+    if not jobs:
+        return
     packed = pack(common)
     todo = deque(jobs)
     deaths = Deaths(common.out)

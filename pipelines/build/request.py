@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from imkd_data.cache.layout import check_name
 from imkd_data.cache.plan import split_by_sensors, stored_recipe
 from imkd_data.errors import ImkdError, MismatchError, RecipeError, SourceMissingError, UsageError
 from imkd_data.fields.base import CacheField
@@ -264,6 +265,8 @@ def _field_table(
 
     own = {f.name: f for f in fields or () if isinstance(f, CacheField)}
     table = {**{f.name: f for f in FIELDS}, **own}
+    for name in own:
+        check_name(name)
     if fields is None:
         asked: tuple[str, ...] = _profile(profile)
         required: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from toy_build import open_toy_cache
 
 from imkd_data.cache import codecs
-from imkd_data.errors import CacheDamageError, InputDataError
+from imkd_data.errors import CacheDamageError, InputDataError, RecipeError
 from imkd_data.recipe import canonical_json
 
 
@@ -69,6 +69,41 @@ def test_tar_is_plain_ustar() -> None:
 def test_tar_refuses_odd_names(name: str) -> None:
     with pytest.raises(InputDataError):
         codecs.encode_tar([(name, b"")])
+
+
+@pytest.mark.parametrize("size", [1, 200, 255, 256, 257, 70_000, 1_000_000])
+def test_zstd_size_is_read_from_the_header(size: int) -> None:
+    from numcodecs import zstd
+
+    for level in (1, 3, 19):
+        assert codecs.zstd_size(zstd.compress(np.zeros(size, np.uint8), level)) == size
+
+
+def test_a_bomb_is_refused_before_it_unpacks() -> None:
+    """A small frame that promises (and holds) far more than the array has."""
+    from numcodecs import zstd
+
+    bomb = zstd.compress(np.zeros(50_000_000, np.uint8), 19)
+    assert len(bomb) < 10_000
+    with pytest.raises(ValueError, match="50000000 bytes for an array of 12"):
+        codecs.decode_row(bomb + b"crc.", "zstd1", np.dtype("u1"), (3, 4))
+    with pytest.raises(CacheDamageError, match="limit"):
+        codecs.blob_value("x.npy.zst", bomb, max_bytes=1000)
+    with pytest.raises(ValueError, match="not a zstd frame"):
+        codecs.zstd_size(b"hello, world")
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "arrays.zarr/a/c/1/../../x", "arrays.zarr/a/c/12", "arrays.zarr/b/c/1/0", "blobs/a/00002.tar"]
+)
+def test_paths_of_receipts_are_not_trusted(path: str) -> None:
+    from imkd_data.cache.layout import check_name, is_own_path
+
+    assert not is_own_path(path, "a", 1)
+    assert is_own_path("arrays.zarr/a/c/1/0/0", "a", 1) and is_own_path("blobs/a/00001.tar", "a", 1)
+    for name in ("../x", "a/b", "", "A", ".."):
+        with pytest.raises(RecipeError):
+            check_name(name)
 
 
 def test_blob_value_never_unpickles() -> None:
