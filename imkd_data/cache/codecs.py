@@ -14,6 +14,7 @@ from numcodecs import blosc, zstd
 from numpy.typing import NDArray
 
 from imkd_data.errors import CacheDamageError, InputDataError
+from imkd_data.fields.codec import zstd_size
 
 __all__ = [
     "MEMBER_NAME",
@@ -100,20 +101,6 @@ def decode_row(chunk: bytes, codec: str, dtype: np.dtype[Any], shape: tuple[int,
         raise ValueError(f"{promised} bytes for an array of {size}")
     raw = zstd.decompress(body) if codec == "zstd1" else blosc.decompress(body) if codec == "blosc3" else body
     return np.frombuffer(raw, dtype.newbyteorder("<")).reshape(shape)
-
-
-def zstd_size(frame: bytes | memoryview) -> int:
-    """Content size in a zstd frame's header; ValueError where there is none."""
-    if len(frame) < 6 or bytes(frame[:4]) != b"\x28\xb5\x2f\xfd":
-        raise ValueError("not a zstd frame")
-    flags = frame[4]
-    single, width = flags >> 5 & 1, (0, 2, 4, 8)[flags >> 6]
-    if width == 0:
-        if not single:
-            raise ValueError("the zstd frame does not say its size")
-        width = 1
-    at = 5 + (1 - single) + (0, 1, 2, 4)[flags & 3]
-    return int.from_bytes(frame[at : at + width], "little") + (256 if width == 2 else 0)
 
 
 def encode_shard(chunks: Sequence[bytes | None], rows_per_shard: int) -> bytes:

@@ -15,7 +15,7 @@ from imkd_data.errors import CacheDamageError, InputDataError
 from imkd_data.recipe import Recipe
 from imkd_data.sample import Payload
 
-__all__ = ["NO_UPSTREAM", "OnePayload", "array_from_part", "part_from_array", "too_many"]
+__all__ = ["NO_UPSTREAM", "OnePayload", "array_from_part", "part_from_array", "too_many", "zstd_size"]
 
 NO_UPSTREAM: Mapping[str, Any] = {}
 _MAX_PART_BYTES = 1 << 30
@@ -36,9 +36,9 @@ def array_from_part(part: bytes) -> NDArray[Any]:
     from numcodecs.zstd import decompress
 
     try:
-        raw = decompress(part)
-        if len(raw) > _MAX_PART_BYTES:
+        if zstd_size(part) > _MAX_PART_BYTES:
             raise ValueError("larger than a part may be")
+        raw = decompress(part)
         start = 10 + int.from_bytes(raw[8:10], "little")
         dtype, shape = _npy_header(raw[:start])
         array: NDArray[Any] = np.frombuffer(raw, dtype, int(np.prod(shape)), start).reshape(shape)
@@ -47,6 +47,20 @@ def array_from_part(part: bytes) -> NDArray[Any]:
             "a blob part cannot be decoded", rule="blob.decode", expected="npy in a zstd frame", found=str(error)[:200]
         ) from error
     return array
+
+
+def zstd_size(frame: bytes | memoryview) -> int:
+    """Content size in a zstd frame's header; ValueError where there is none."""
+    if len(frame) < 6 or bytes(frame[:4]) != b"\x28\xb5\x2f\xfd":
+        raise ValueError("not a zstd frame")
+    flags = frame[4]
+    single, width = flags >> 5 & 1, (0, 2, 4, 8)[flags >> 6]
+    if width == 0:
+        if not single:
+            raise ValueError("the zstd frame does not say its size")
+        width = 1
+    at = 5 + (1 - single) + (0, 1, 2, 4)[flags & 3]
+    return int.from_bytes(frame[at : at + width], "little") + (256 if width == 2 else 0)
 
 
 @functools.lru_cache(maxsize=256)
