@@ -36,7 +36,7 @@ class DemoSize:
     scenes: int = 10
     keyframes: int = 8
     image_hw_px: tuple[int, int] = (225, 400)
-    steps: tuple[int, int, int] = (480, 120, 400)
+    steps: tuple[int, int, int] = (400, 120, 320)
 
 
 FULL = DemoSize()
