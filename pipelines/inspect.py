@@ -114,7 +114,7 @@ def sample_facts(cache: Cache, row: int) -> dict[str, Any]:
     line = cache.line(row)
     out: dict[str, Any] = {}
     for name in cache.index.column_names:
-        if "." not in name and name not in ("box_tokens", "instance_tokens", "image_from_camera", "ego_from_camera"):
+        if "." not in name and name not in ("image_from_camera", "ego_from_camera"):
             out[name] = cache.index[name][line].as_py()
     return out
 

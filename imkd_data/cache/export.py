@@ -44,7 +44,7 @@ def export_webdataset(
     arrays as stored, and the parts of blobs as stored. Returns the number of tars."""
     empty_folder(out)
     names = list(cache.fields) if fields is None else list(fields)
-    facts = [n for n in cache.index.column_names if "." not in n and n not in ("box_tokens", "instance_tokens")]
+    facts = [n for n in cache.index.column_names if "." not in n]
     by_shard: dict[int, list[int]] = {}
     for row in rows:
         by_shard.setdefault(int(row) // cache.recipe.rows_per_shard, []).append(int(row))
@@ -100,6 +100,8 @@ def _box_columns(cache: Cache, row: int) -> dict[str, NDArray[Any]]:
     boxes = cache.decode("boxes", row)
     n = len(boxes)
     out: dict[str, NDArray[Any]] = {"row": np.full(n, row), "token": np.full(n, cache.token(row), dtype=object)}
+    annotation, instance = cache.annotation_tokens(row)
+    out["annotation"], out["instance"] = np.array(annotation, dtype=object), np.array(instance, dtype=object)
     for table, names in (
         (boxes.centre_m, ("x_m", "y_m", "z_m")),
         (boxes.size_lwh_m, ("length_m", "width_m", "height_m")),

@@ -233,10 +233,12 @@ def _stored_columns(
     here["status"] = "quarantined" if holes else "ok"
 
 
-def read_index(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Read with page checksums checked. Raises CacheDamageError."""
+def read_index(path: Path, columns: list[str] | None = None, without: tuple[str, ...] = ()) -> pa.Table:
+    """Read with page checksums checked; all columns, or ``columns``, or all but ``without``. Raises CacheDamageError."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True, memory_map=True) as file:
+            if without:
+                columns = [n for n in file.schema_arrow.names if n not in without]
             return file.read(columns=columns)
     except FileNotFoundError as error:
         raise CacheDamageError("index is missing", rule="index", file=str(path), next="imkd-data repair") from error

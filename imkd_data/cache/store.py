@@ -31,6 +31,8 @@ from imkd_data.sample import SensorSuite
 
 __all__ = ["Cache", "open_cache"]
 
+ANNOTATION_TOKENS = ("box_tokens", "instance_tokens")
+
 
 def open_cache(
     path: str | os.PathLike[str],
@@ -72,7 +74,8 @@ class Cache:
 
     Attributes:
         path, recipe, suite, id: folder, what was asked for, the data set's sensors, identity of the content.
-        fields: name -> CacheField. index: pyarrow Table, one line per sample (see FORMAT.md).
+        fields: name -> CacheField. index: pyarrow Table, one line per sample (see FORMAT.md; without the annotation tokens,
+        which ``annotation_tokens`` gives).
 
     Rows are global row numbers ``shard * rows_per_shard + position``, the row in the Zarr arrays. Numbers between shards
     that hold no sample are never given out by ``rows``.
@@ -121,7 +124,7 @@ class Cache:
                 found=f"{size:,} bytes",
                 next="imkd-data repair",
             )
-        return read_index(path)
+        return read_index(path, without=ANNOTATION_TOKENS)
 
     def _fields(self, own: tuple[CacheField, ...]) -> dict[str, CacheField]:
         known = {**_known_fields(), **{f.name: f for f in own}}
@@ -179,6 +182,7 @@ class Cache:
         self._crc: dict[str, NDArray[Any]] = {}
         self._blob: dict[str, tuple[Any, ...]] = {}
         self._row_of_token: dict[str, int] | None = None
+        self._annotations: pa.Table | None = None
         self._array: dict[str, tuple[str, np.dtype[Any], tuple[int, ...]]] = {}
         for name, one in self.fields.items():
             if one.kind == "array":
@@ -316,6 +320,15 @@ class Cache:
 
         chosen: NDArray[np.int64] = self._rows[select(self.index, expression, self.suite.radars)]
         return np.intersect1d(chosen, self.rows())
+
+    def annotation_tokens(self, row: int) -> tuple[list[str], list[str]]:
+        """Annotation tokens and track tokens of a row's boxes, in the order of ``boxes``. Read from the index file when first
+        asked for: they are two thirds of it and training needs none of them."""
+        if self._annotations is None:
+            self._annotations = read_index(self.path / "index.parquet", columns=list(ANNOTATION_TOKENS))
+        line = self.line(row)
+        box, instance = (list(self._annotations[name][line].as_py() or ()) for name in ANNOTATION_TOKENS)
+        return box, instance
 
     # Reading
 

@@ -139,7 +139,7 @@ class CrnView(View):
         if not self.has("boxes"):
             return []
         boxes = self.cache.decode("boxes", row)
-        tokens, instances = self.fact(row, "box_tokens"), self.fact(row, "instance_tokens")
+        tokens, instances = self.cache.annotation_tokens(row)
         out = []
         for i in np.flatnonzero(boxes.label >= 0):
             rotation = to_global.rotation @ rotation_from_yaw(boxes.yaw_rad[i])
