@@ -121,6 +121,21 @@ def bench_distill(
             progress(BenchTick(done=state["done"], total=state["total"], text=text))
 
     root.mkdir(parents=True, exist_ok=True)
+    _remember_command(
+        root,
+        {
+            "preset": preset,
+            "seeds": ",".join(map(str, seeds)),
+            "blocks": ",".join(blocks),
+            "methods": ",".join(methods),
+            "rows": ",".join(rows),
+            "materials": materials,
+            "engine": engine,
+        },
+        steps or {},
+        settings or {},
+        admission,
+    )
     tree = Path(world) if world is not None else make_world(root, chosen, materials, workers, tell)
     opened = open_cache(Path(cache) if cache is not None else make_cache(root, tree, chosen, tell))
     bench = _Bench(
@@ -157,6 +172,19 @@ def bench_distill(
         state["done"] += 1
         tell(f"{row.name} seed {seed}: done")
     return write_report(root, docs)
+
+
+def _remember_command(
+    root: Path, options: Mapping[str, str], steps: Mapping[str, int], settings: Mapping[str, Any], admission: bool | None
+) -> None:
+    """Keep every different command line that filled this folder; the table prints them."""
+    words = ["imkd bench distill", *(f"--{k} {v}" for k, v in options.items() if v)]
+    words += [f"--steps {k}={v}" for k, v in steps.items()] + [f"--set {k}={v}" for k, v in settings.items()]
+    line = " ".join(words) + (" --no-admission" if admission is False else "") + " --out DIR --docs docs"
+    path = root / "commands.json"
+    known = json.loads(path.read_text()) if path.is_file() else []
+    if line not in known:
+        write_json(path, [*known, line])
 
 
 def _failed(admission: Mapping[str, Any]) -> list[str]:

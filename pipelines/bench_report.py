@@ -174,6 +174,7 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
         "preset": scores[0]["preset"] if scores else None,
         "materials": scores[0]["materials"] if scores else None,
         "versions": scores[0]["versions"] if scores else {},
+        "commands": json.loads((out / "commands.json").read_text()) if (out / "commands.json").is_file() else [],
         "admission": admission,
         "spread": _spread(rows),
         "rows": [
@@ -226,7 +227,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "nothing about scores on nuScenes.",
         "",
         "```",
-        f"imkd bench distill --preset {report['preset']} --materials {report['materials']} --out DIR --docs docs",
+        *report["commands"],
         "```",
         "",
         "## Admission",

@@ -86,6 +86,8 @@ def test_table_holds_both_gains_with_intervals_and_holm(fake: dict[str, Any]) ->
     assert gains["imkd", "system"]["published_gain_nds"] == 5.0 and gains["crkd", "distillation"]["seeds"] == [0, 1, 2]
     assert {"method", "twin", "seed", "nds", "map", "errors"} <= set(report["rows"][0])
     assert {"row": "imkd", "term": "l2r", "share_of_task": 0.25} in report["pull"]
+    line = "imkd bench distill --preset tiny --seeds 0,1,2 --blocks main --materials class --engine devkit"
+    assert report["commands"] == [f"{line} --out DIR --docs docs"]
     saved = json.loads((fake["out"] / "docs" / "results.json").read_text())
     assert saved == report and "| imkd | distillation | imkd_twin |" in (fake["out"] / "docs" / "results.md").read_text()
     assert report["spread"]["seeds"] == 3 and report["spread"]["fine_enough"]
