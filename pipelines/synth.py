@@ -8,7 +8,7 @@ from pathlib import Path
 
 from imkd_data.errors import UsageError
 
-VERSIONS = {"v1.0-mini": ("mini_train", "mini_val"), "v1.0-trainval": ("train", "val")}
+VERSIONS = {"v1.0-mini": ("mini_train", "mini_val"), "v1.0-trainval": ("train", "val"), "v1.0-test": ("test", None)}
 DEFAULT_VAL_SHARE = 0.2
 
 Progress = Callable[[int, int, str], None]
@@ -37,13 +37,13 @@ def official_names(version: str, scenes: int, val_share: float | None = None) ->
 
     if version not in VERSIONS:
         raise UsageError("a synthetic world has a version with scene lists", expected=", ".join(VERSIONS), found=version)
-    train, val = (list(SPLITS[name]) for name in VERSIONS[version])
+    train, val = (list(SPLITS[name]) if name else [] for name in VERSIONS[version])
     if scenes > len(train) + len(val):
         limit = len(train) + len(val)
         raise UsageError(
             f"{version} has {limit} scene names", found=f"{scenes} scenes", next="use v1.0-trainval or fewer scenes"
         )
-    due = val_scenes(scenes, DEFAULT_VAL_SHARE if val_share is None else val_share)
+    due = val_scenes(scenes, DEFAULT_VAL_SHARE if val_share is None else val_share) if val else []
     if val_share is not None and (len(due) > len(val) or scenes - len(due) > len(train)):
         raise UsageError(
             f"{version} has {len(train)} train and {len(val)} val names",

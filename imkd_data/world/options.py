@@ -45,6 +45,11 @@ class WorldOptions:
         if self.seed < 0:
             raise UsageError("the seed is not negative", found=self.seed)
 
+    @property
+    def annotated(self) -> bool:
+        """Whether the tables hold boxes; those of ``v1.0-test`` do not."""
+        return not self.version.endswith("test")
+
     def fingerprint(self) -> str:
         """Identity of everything that decides the bytes of a scene (not the number of scenes)."""
         values = asdict(self)

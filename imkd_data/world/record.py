@@ -59,7 +59,8 @@ class Recorder:
             made[channel].append(self._shoot(channel, shot))
         for channel in rigs.RADARS:
             self.rows.chain(made[channel])
-        self._annotations(schedule[rigs.LIDAR])
+        if self.options.annotated:
+            self._annotations(schedule[rigs.LIDAR])
         self._map()
         return self.rows.rows
 

@@ -58,7 +58,7 @@ def write_world(
 
     Args:
         out: output folder; an unfinished world of the same options is continued, a finished one is left alone.
-        version: name of the table folder, e.g. ``v1.0-mini``.
+        version: name of the table folder, e.g. ``v1.0-mini``; ``v1.0-test`` has no annotations.
         scenes, keyframes: number of scenes, keyframes (2 Hz) in each. Scene i does not depend on the number of scenes.
         seed: the same seed gives the same bytes, whatever the number of workers.
         image_hw_px: camera images (height, width); intrinsics are scaled.

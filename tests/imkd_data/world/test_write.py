@@ -268,6 +268,38 @@ def test_unfinished_world_continues_to_the_same_bytes(tiny: Path, tmp_path: Path
     assert calls == [0, 1, 1, 2]  # nor the finished world
 
 
+@pytest.mark.slow
+def test_killed_run_leaves_no_worker_behind(tmp_path: Path) -> None:
+    """Workers of a run that is killed end by themselves, and the same command continues to the same bytes."""
+    import os
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    code = f"from pipelines.synth import run_synth\nif __name__ == '__main__': run_synth(out={str(tmp_path / 'w')!r}, "
+    script = tmp_path / "run.py"
+    script.write_text(code + "scenes=4, keyframes=8, image_size='90x160', workers=2)\n")
+    process = subprocess.Popen([sys.executable, str(script)])
+    children: list[str] = []
+    for _ in range(300):
+        time.sleep(0.1)
+        listing = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        children = listing.split()
+        if (tmp_path / "w" / "sweeps").exists():
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline and any(os.path.exists(f"/proc/{c}") for c in children):
+        time.sleep(0.1)
+    assert children and not any(os.path.exists(f"/proc/{c}") for c in children)
+    options: dict[str, Any] = {"scenes": 4, "keyframes": 8, "image_size": "90x160"}
+    run_synth(out=tmp_path / "w", **options)
+    run_synth(out=tmp_path / "v", **options)
+    assert digests(tmp_path / "w") == digests(tmp_path / "v")
+
+
 def test_scenes_are_the_same_in_a_smaller_world(tiny: Path, tmp_path: Path) -> None:
     write_world(tmp_path / "w", **{**TINY, "scenes": 1})
     small, large = digests(tmp_path / "w"), digests(tiny)
@@ -288,6 +320,16 @@ def test_other_options_or_foreign_folders_are_refused(tiny: Path, tmp_path: Path
             write_world(tmp_path / "x", **{**TINY, **wrong})
     with pytest.raises(UsageError):
         write_world(tmp_path / "x", **TINY, scene_names=["scene-0001"] * 3)
+
+
+def test_test_version_has_no_boxes(tmp_path: Path) -> None:
+    from nuscenes.nuscenes import NuScenes
+    from nuscenes.utils.splits import create_splits_scenes
+
+    root = run_synth(out=tmp_path / "w", version="v1.0-test", scenes=1, keyframes=2, image_size="45x80")
+    nusc = NuScenes("v1.0-test", str(root), verbose=False)
+    assert len(nusc.sample) == 2 and not nusc.sample_annotation and not nusc.instance
+    assert nusc.scene[0]["name"] in create_splits_scenes()["test"]
 
 
 def test_camera_sweeps(tmp_path: Path) -> None:
