@@ -13,7 +13,7 @@ from toy import TOY_FIELDS, open_toy
 from toy_build import build_toy, open_toy_cache, stored
 
 from imkd_data.cache.verify import RULES, damaged_pairs, verify
-from imkd_data.errors import CacheDamageError, ImkdError, MismatchError, SourceMissingError
+from imkd_data.errors import CacheDamageError, ImkdError, LockedError, MismatchError, SourceMissingError
 from pipelines.build.repair import clean_temp, repair
 
 
@@ -179,6 +179,59 @@ def test_f54_a_build_removes_the_temp_files_of_dead_builds(toy_root: Path, damag
     dead.write_bytes(b"x"), alive.write_bytes(b"x")
     build_toy(toy_root, path)
     assert not dead.exists() and alive.exists()
+
+
+def test_f56_clean_up_leaves_a_running_build_alone(damaged: Callable[[], Path]) -> None:
+    from pipelines.build.lock import build_lock
+
+    path = damaged()
+    temp = path / "receipts/toy_count/.00001.json.host-1-ab12.partial"
+    temp.write_bytes(b"x")
+    cache = open_toy_cache(path)
+    with build_lock(path), pytest.raises(LockedError):
+        clean_temp(path)
+    assert temp.exists()
+    clean_temp(path)
+    assert not temp.exists() and cache.read("toy_count", 7).sum() > 0  # a reader that is open is not disturbed
+
+
+@pytest.mark.parametrize(
+    "point", ["remove.manifest", "remove.receipt", "remove.data", "data.renamed", "receipt.created", "manifest.done"]
+)
+def test_f57_repair_killed_anywhere_is_repaired_by_the_next(toy_root: Path, damaged: Callable[[], Path], point: str) -> None:
+    import signal
+
+    from imkd_data.cache import fault
+
+    path = damaged()
+    before = stored(path)
+    flip(path / "arrays.zarr/toy_count/c/1/0/0", 33)
+    flip(path / "blobs/toy_pictures/00002.tar", 333)
+    pid = os.fork()
+    if pid == 0:
+        os.environ["IMKD_FAULT"] = f"{point}:kill:1"
+        fault._COUNTS.clear()
+        try:
+            do_repair(path, toy_root)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    do_repair(path, toy_root)
+    assert stored(path) == before and errors(path) == []
+
+
+def test_f57_verify_on_a_read_only_mount(toy_cache: Path, tmp_path: Path) -> None:
+    import subprocess
+
+    folder = tmp_path / "ro"
+    folder.mkdir()
+    mount = ["mount", "--bind", "-o", "ro", str(toy_cache), str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("bind mounts are not allowed here")
+    try:
+        assert verify(folder, level="full") == [] and len(open_toy_cache(folder).rows()) == 20
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True, capture_output=True)
 
 
 def test_receipt_of_another_shard(damaged: Callable[[], Path]) -> None:
