@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,6 +32,16 @@ __all__ = [
 
 # c-blosc with several threads stores blocks in the order in which they finish: bytes would depend on the machine.
 blosc.use_threads = False
+
+
+def _own_lock() -> None:
+    """A lock of this process for the codec. Its own one is a named semaphore, which a killed worker would leave in /dev/shm."""
+    if hasattr(blosc, "_MUTEX") and hasattr(blosc, "_MUTEX_IS_INIT"):
+        blosc._MUTEX, blosc._MUTEX_IS_INIT = threading.Lock(), True
+
+
+_own_lock()
+os.register_at_fork(after_in_child=_own_lock)  # the copy of a lock that another thread holds would never open
 
 MISSING = 0xFFFF_FFFF_FFFF_FFFF
 CRC_RESIDUE = 0x48674BC7  # crc32c over (data + its own little-endian crc32c) is this constant

@@ -93,6 +93,23 @@ def test_a_bomb_is_refused_before_it_unpacks() -> None:
         codecs.zstd_size(b"hello, world")
 
 
+def test_the_codec_makes_no_named_semaphore() -> None:
+    """A worker killed by SIGKILL would leave it in /dev/shm. A forked child gets a lock of its own, open even if ours is held."""
+    import os
+    import threading
+
+    from numcodecs import blosc
+
+    lock = blosc.get_mutex()
+    assert type(lock) is type(threading.Lock())
+    with lock:
+        pid = os.fork()
+        if pid == 0:
+            row = codecs.encode_row(np.arange(999, dtype="<u2"), "blosc3")
+            os._exit(0 if blosc.get_mutex() is not lock and len(row) > 10 else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
 @pytest.mark.parametrize(
     "path", ["/etc/passwd", "arrays.zarr/a/c/1/../../x", "arrays.zarr/a/c/12", "arrays.zarr/b/c/1/0", "blobs/a/00002.tar"]
 )
