@@ -94,7 +94,7 @@ def test_a_bomb_is_refused_before_it_unpacks() -> None:
 
 
 def test_the_codec_makes_no_named_semaphore() -> None:
-    """A worker killed by SIGKILL would leave it in /dev/shm. A forked child gets a lock of its own, open even if ours is held."""
+    """A killed worker would leave it in /dev/shm. A forked child gets a lock of its own, open even if ours is held."""
     import os
     import threading
 
