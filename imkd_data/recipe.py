@@ -58,6 +58,9 @@ class Recipe:
             raise RecipeError("images_mode", expected="scaled, original or reference", found=self.images_mode)
         if self.rows_per_shard < 1 or self.lidar_sweeps < 1 or self.radar_sweeps < 1:
             raise RecipeError("rows_per_shard, lidar_sweeps and radar_sweeps must be at least 1", found=repr(self))
+        size = self.image_hw_px
+        if not (isinstance(size, tuple) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
+            raise RecipeError("image_hw_px", expected="height x width in pixels, e.g. 396x704", found=repr(size))
         self.view_grid  # noqa: B018  (refuses a view that does not pool)
 
     @property

@@ -15,7 +15,7 @@ from typing import Any
 
 from imkd_data.cache import keys, layout
 from imkd_data.cache.commit import commit_bytes, remove_file, sha256_hex
-from imkd_data.cache.index import index_bytes
+from imkd_data.cache.index import index_bytes, read_index
 from imkd_data.cache.manifest import manifest_bytes
 from imkd_data.cache.receipt import read_receipt
 from imkd_data.cache.store import Cache
@@ -129,7 +129,7 @@ def _publish(cache: Cache, mine: Mapping[str, CacheField], parts: Mapping[str, s
         if path.is_file() and path.read_bytes() != meta:
             raise MismatchError("the cache holds another field of this name", field=name, next="remove it from the cache")
         commit_bytes(path, meta, "array")
-    rows = [{k: v for k, v in line.items() if "." not in k} for line in cache.index.to_pylist()]
+    rows = [{k: v for k, v in line.items() if "." not in k} for line in read_index(out / "index.parquet").to_pylist()]
     index = index_bytes(cache.shards, rows, fields, receipts, recipe.rows_per_shard, cache.suite)
     pending = out / PENDING
     shutil.rmtree(pending, ignore_errors=True)

@@ -219,10 +219,10 @@ class Stream:
                     raise value
                 next(expected)
                 yield self.delivery.batch(value, self.device)
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError) as error:  # a worker killed while it hands over a tensor resets its socket
             raise self._worker_error(error, source, next(expected)) from error
 
-    def _worker_error(self, error: RuntimeError, source: _Source, key: _Key) -> ImkdError:
+    def _worker_error(self, error: Exception, source: _Source, key: _Key) -> ImkdError:
         """A worker that died or hung: say what it was doing."""
         tokens = ", ".join(t[:12] for t in source.tokens(key))
         text = str(error)
