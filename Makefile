@@ -45,8 +45,8 @@ gpu-test: $(STAMP)
 	$(PYTEST) -q -m gpu
 
 lint: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --no-cache .
+	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/mypy
 
 docs: $(STAMP)

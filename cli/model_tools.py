@@ -158,9 +158,8 @@ def bench_step(
     as_json: bool,
 ) -> None:
     """Where a training step's time goes: image, radar, view, fusion, head, teachers, losses, backward."""
-    from pipelines.bench import run_step_bench, step_table
-
     from cli.model import resolve_run, teachers_from
+    from pipelines.bench import run_step_bench, step_table
 
     resolved = resolve_run(run, method=method, settings=settings)
     facts = run_step_bench(resolved, cache, teachers_from(teacher), steps=steps, accelerator=accelerator)

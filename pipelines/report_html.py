@@ -174,7 +174,7 @@ class Page:
             "script": script,
             "body": body,
         }
-        # One pass over the template's own parts, so that text in a section can never act as a placeholder.
+        # One pass over the template's own parts, so that text in a section can never act as one of them.
         pieces = page.split("@")
         return "".join(piece if i % 2 == 0 else values[piece] for i, piece in enumerate(pieces))
 

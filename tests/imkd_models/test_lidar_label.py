@@ -124,7 +124,7 @@ def test_voxel_teacher_says_what_to_install_where_spconv_is_absent():
     from imkd_models.presets import voxel_config
 
     if importlib.util.find_spec("spconv") is not None:
-        pytest.skip("spconv is installed")
+        pytest.skip(reason="spconv is installed, so the message for its absence cannot be met")
     with pytest.raises(UsageError, match="spconv"):
         LidarDetector(voxel_config(grid=SMALL))
 
