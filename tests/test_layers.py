@@ -128,3 +128,9 @@ def test_importing_the_data_package_is_light() -> None:
     code = f"import sys, imkd_data, cli.main; bad = {heavy} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """Without packages under tests/, pytest imports a test file by its bare name; a second one of that name is not run."""
+    names = [path.name for path in (REPO / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
