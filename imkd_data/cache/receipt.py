@@ -58,7 +58,7 @@ def sealed(body: dict[str, Any], seal: str) -> bytes:
 
 
 def unsealed(value: Any, seal: str, path: Path) -> dict[str, Any]:
-    """The body without its seal; a wrong seal is damage, a newer format is a mismatch."""
+    """The body without its seal; a wrong seal is damage, another format is a mismatch."""
     digest = crc32c_hex if seal.endswith("crc32c") else sha256_hex
     if not isinstance(value, dict) or seal not in value:
         raise CacheDamageError("file has no checksum of its own", rule="seal", file=str(path), next="imkd-data repair")
@@ -74,6 +74,12 @@ def unsealed(value: Any, seal: str, path: Path) -> dict[str, Any]:
     body = {k: v for k, v in value.items() if k != seal}
     if value[seal] != digest(canonical_json(body)):
         raise CacheDamageError("content differs from its own checksum", rule="seal", file=str(path), next="imkd-data repair")
+    if (
+        type(body.get("format")) is not int or body["format"] != FORMAT
+    ):  # 1 is the first: a whole file with any other number is not one of ours
+        raise MismatchError(
+            "unknown cache format", rule="format", file=str(path), expected=f"format {FORMAT}", found=str(body.get("format"))
+        )
     return body
 
 
