@@ -1,6 +1,7 @@
 """Packed tensors -> Batch, on the device: normalised images, depth maps, the moved intensity map.
 
-The same torch code runs on CPU and GPU. Cells follow the one rule of ``BevGrid``: floor to millimetres in float64.
+Images and depth maps take one compiled pass on a CPU and torch operations on a GPU; the rest is the same torch code on
+both. Cells follow the one rule of ``BevGrid``: floor to millimetres in float64.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from imkd_data.geometry import BevGrid
+from imkd_data.kernels.dense import nearest_depth, scaled_planes
 from imkd_data.loader.batch import Batch, BoxBatch, PointBatch
 from imkd_data.loader.read import Packed
 from imkd_data.loader.request import PARTS, PLANES, StreamRequest
@@ -23,17 +26,34 @@ MEAN = (123.675, 116.28, 103.53)  # ImageNet, RGB, 0..255
 STD = (58.395, 57.12, 57.375)
 
 
-def normalised(images_BTVHWC: Tensor) -> Tensor:
-    """u8 RGB (..., H, W, 3) -> f32 (..., 3, H, W), ImageNet mean and deviation."""
-    out = images_BTVHWC.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    scale = torch.tensor([1 / s for s in STD], device=out.device)[:, None, None]
-    shift = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)], device=out.device)[:, None, None]
+def normalised(images_BTVCHW: Tensor) -> Tensor:
+    """u8 RGB (..., 3, H, W) -> f32 of the same shape, ImageNet mean and deviation."""
+    out = images_BTVCHW.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    scale, shift = (torch.tensor(v, device=out.device)[:, None, None] for v in _scale_and_shift())
     return torch.addcmul(shift, out, scale, out=out)
+
+
+def _scale_and_shift() -> tuple[list[float], list[float]]:
+    return [1 / s for s in STD], [-m / s for m, s in zip(MEAN, STD, strict=True)]
+
+
+def _normalised_here(images_BTVCHW: Tensor) -> Tensor:
+    """``normalised`` on a CPU, in one pass. NumPy allocates, because it asks for large pages: first touches of ordinary
+    ones take longer than the arithmetic."""
+    planes = images_BTVCHW.reshape(-1, images_BTVCHW.shape[-2] * images_BTVCHW.shape[-1]).numpy()
+    scale, shift = (np.array(v, dtype=np.float32) for v in _scale_and_shift())
+    out = np.empty(planes.shape, dtype=np.float32)
+    scaled_planes(planes, scale, shift, out)
+    return torch.from_numpy(out).view(images_BTVCHW.shape)
 
 
 def depth_maps(uvd: Tensor, batch: Tensor, view: Tensor, *, shape_BVHW: tuple[int, int, int, int]) -> Tensor:
     """Points (N, 3) u, v, depth -> (B, V, H, W) metres, 0 = none; the pixel whose centre is nearest, the nearest point wins."""
     num_batch, num_views, height, width = shape_BVHW
+    if uvd.device.type == "cpu":
+        host = np.zeros(shape_BVHW, dtype=np.float32)
+        nearest_depth(uvd.numpy(), batch.numpy(), view.numpy(), host)
+        return torch.from_numpy(host)
     column, row = (uvd[:, 0].double() + 0.5).floor().long(), (uvd[:, 1].double() + 0.5).floor().long()
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     flat = (((batch * num_views + view) * height + row) * width + column)[inside]
@@ -96,7 +116,9 @@ class Delivery:
         """The batch on ``device``."""
         t = {k: v.to(device, non_blocking=True) for k, v in packed.tensors.items()}
         size = len(packed.tokens)
-        depth = None
+        depth, images = None, None
+        if "images" in t:
+            images = _normalised_here(t["images"]) if t["images"].device.type == "cpu" else normalised(t["images"])
         if "depth.uvd" in t:
             views = int(packed.tensors["depth_views"][0])
             shape = (size, views, *self.request.image_hw_px)
@@ -107,7 +129,7 @@ class Delivery:
             global_from_ego_B44=t["global_from_ego"],
             bev_from_ego_B44=t["bev_from_ego"].float(),
             grid=self.request.grid,
-            images_BTVCHW=normalised(t["images"]) if "images" in t else None,
+            images_BTVCHW=images,
             image_from_camera_BTV33=t.get("image_from_camera"),
             bev_from_camera_BTV44=t.get("bev_from_camera"),
             history_valid_BT=t["history_valid"],

@@ -7,6 +7,7 @@ pooling planes) is done by ``deliver`` on the device.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -44,9 +45,14 @@ class Packed:
     pin_memory = pin  # the name that torch's DataLoader looks for
 
 
-def decode_image(jpeg: bytes, draw: ImageDraw) -> NDArray[np.uint8]:
-    """JPEG -> (height, width, 3) RGB of the draw: decode (at a half, a quarter, ... where that is still large enough: odd
-    fractions take longer than they save), bicubic resize with antialiasing, window, black outside, flip."""
+def decode_image(jpeg: bytes, draw: ImageDraw, out: Tensor | None = None) -> Tensor:
+    """JPEG -> u8 RGB (3, height, width) of the draw, into ``out`` where given: decode (at a half, a quarter, ... where that
+    is still large enough: odd fractions take longer than they save), bicubic resize with antialiasing, window, black
+    outside, flip.
+
+    Planes, because the resize makes planes: interleaving them again costs more than the resize itself. Only rows that reach
+    the window are resized.
+    """
     import simplejpeg
 
     size = (draw.resized_h_px, draw.resized_w_px)
@@ -54,35 +60,67 @@ def decode_image(jpeg: bytes, draw: ImageDraw) -> NDArray[np.uint8]:
         pixels = simplejpeg.decode_jpeg(jpeg, "RGB", min_height=size[0], min_width=size[1], min_factor=2)
     except ValueError as error:
         raise InputDataError(f"an image cannot be decoded: {error}", rule="image.decode") from error
-    if pixels.shape[:2] != size:
-        channels_last = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-        resized = torch.nn.functional.interpolate(channels_last, size, mode="bicubic", antialias=True)
-        pixels = resized[0].permute(1, 2, 0).numpy()
+    if out is None:
+        out = torch.empty((3, draw.height_px, draw.width_px), dtype=torch.uint8)
     x0, x1 = max(0, draw.left_px), min(draw.resized_w_px, draw.left_px + draw.width_px)
     y0, y1 = max(0, draw.top_px), min(draw.resized_h_px, draw.top_px + draw.height_px)
-    window = pixels[y0 : max(y0, y1), x0 : max(x0, x1)]
-    if window.shape[:2] != (draw.height_px, draw.width_px):
-        out = np.zeros((draw.height_px, draw.width_px, 3), dtype=np.uint8)
-        out[y0 - draw.top_px : y0 - draw.top_px + len(window), x0 - draw.left_px : x0 - draw.left_px + window.shape[1]] = window
-        window = out
-    return window[:, ::-1] if draw.flip else window
+    inside = out[:, y0 - draw.top_px : max(y0, y1) - draw.top_px, x0 - draw.left_px : max(x0, x1) - draw.left_px]
+    if inside.shape != out.shape:
+        out.zero_()
+    if inside.numel():
+        if pixels.shape[:2] == size:
+            window = torch.from_numpy(pixels[y0:y1, x0:x1]).permute(2, 0, 1)
+        else:
+            window = _resized_rows(pixels, size, y0, y1)[:, :, x0:x1]
+        inside.copy_(window)
+    if draw.flip:
+        out.copy_(out.flip(-1))
+    return out
+
+
+def _resized_rows(pixels: NDArray[np.uint8], size: tuple[int, int], y0: int, y1: int) -> Tensor:
+    """Rows y0..y1 (3, y1 - y0, width) of the image resized to ``size``; equal to resizing the whole image.
+
+    A resize starts at an edge, so the image is turned upside down: windows lie at its lower edge, and what is above them
+    then lies beyond the end.
+    """
+    full_h, full_w = pixels.shape[:2]
+    step = full_h / size[0]
+    first = max(0, int(y0 * step - 2 * max(step, 1.0)) - 1)  # two steps is the reach of the bicubic kernel
+    turned = torch.from_numpy(np.ascontiguousarray(pixels[first:][::-1])).permute(2, 0, 1)[None]
+    scales = size[0] / full_h, size[1] / full_w
+    resized = torch.ops.aten._upsample_bicubic2d_aa(turned, [size[0] - y0, size[1]], False, *scales)
+    return resized[0].flip(1)[:, : y1 - y0]
 
 
 class SampleReader:
-    """Reads rows of a cache for one request. Holds no open state of its own, so it can be sent to workers."""
+    """Reads rows of a cache for one request. Holds no open state of its own, so it can be sent to workers.
 
-    def __init__(self, cache: Cache, table: RowTable, request: StreamRequest, *, seed: int) -> None:
+    keep_keyframes: decoded keyframes to remember. Neighbours share their history, so where samples come in order and every
+    draw is the same (evaluation), each keyframe is decoded once instead of once a slot."""
+
+    def __init__(self, cache: Cache, table: RowTable, request: StreamRequest, *, seed: int, keep_keyframes: int = 0) -> None:
         self.cache, self.table, self.request, self.seed = cache, table, request, seed
+        self.keep_keyframes = 0 if request.augment.enabled else keep_keyframes
+        self._kept: OrderedDict[int, Tensor] = OrderedDict()  # row -> (V, 3, H, W)
         # (name, place on the stored camera axis) of the declared cameras
         self.cameras = tuple((c, i) for i, c in enumerate(cache.suite.cameras) if c in cache.recipe.sensors)
         self.fields = request.fields(cache.recipe.view_grid)
 
-    def read(self, row: int, *, epoch: int, position: int) -> Arrays:
-        """All parts of one row, numpy, frame bev. Draws come from (seed, epoch, position)."""
+    @property
+    def image_shape(self) -> tuple[int, ...] | None:
+        """(T, V, 3, H, W) of one sample's images, None where none are asked for."""
+        if "images" not in self.request.parts:
+            return None
+        return (len(self.request.history), len(self.cameras), 3, *self.request.image_hw_px)
+
+    def read(self, row: int, *, epoch: int, position: int, images: Tensor | None = None) -> Arrays:
+        """All parts of one row, numpy, frame bev. Draws come from (seed, epoch, position). images: u8 ``image_shape`` to
+        decode into; it is what stands under ``images`` then."""
         request = self.request
         bev = draw_bev(request.augment, seed=self.seed, epoch=epoch, position=position).matrix()
         rows, genuine = self.table.history(row, request.history)
-        ego_from_global = np.linalg.inv(self.table.pose(row))
+        ego_from_global = np.linalg.inv(self.table.pose(row)) if len(rows) > 1 else np.eye(4)
         # keyframe slot -> bev of the current keyframe
         moves = [bev @ (np.eye(4) if r == row else ego_from_global @ self.table.pose(int(r))) for r in rows]
         out: Arrays = {
@@ -104,7 +142,7 @@ class SampleReader:
                 position=position,
             )
             if "images" in parts:
-                self._cameras(out, rows, moves, draws)
+                self._cameras(out, rows, moves, draws, images)
             if "depth" in parts:
                 self._depth(out, row, draws)
                 out["depth_views"] = len(self.cameras)
@@ -121,10 +159,17 @@ class SampleReader:
                 out[name] = np.asarray(self.cache.decode(name, row), dtype=np.float32)
         return out
 
-    def _cameras(self, out: Arrays, rows: NDArray[np.int64], moves: Sequence[F64], draws: Sequence[ImageDraw]) -> None:
-        request, full = self.request, self.cache.suite.image_hw_px
-        slots, views = len(rows), len(self.cameras)
-        images = np.empty((slots, views, *request.image_hw_px, 3), dtype=np.uint8)
+    def _cameras(
+        self,
+        out: Arrays,
+        rows: NDArray[np.int64],
+        moves: Sequence[F64],
+        draws: Sequence[ImageDraw],
+        images: Tensor | None,
+    ) -> None:
+        full, slots, views = self.cache.suite.image_hw_px, len(rows), len(self.cameras)
+        if images is None:
+            images = torch.empty(self.image_shape or (), dtype=torch.uint8)
         intrinsic, pose = np.empty((slots, views, 3, 3)), np.empty((slots, views, 4, 4))
         done: dict[int, int] = {}
         for t, row in enumerate(rows.tolist()):
@@ -132,15 +177,28 @@ class SampleReader:
                 images[t], intrinsic[t], pose[t] = images[done[row]], intrinsic[done[row]], pose[done[row]]
                 continue
             done[row] = t
-            jpegs = self.cache.read("images", row)
+            self._decoded(row, draws, images[t])
             calibration = self.cache.read("camera_calibration", row)
-            for v, ((name, place), draw) in enumerate(zip(self.cameras, draws, strict=True)):
-                images[t, v] = decode_image(jpegs[name], draw)
+            for v, ((_, place), draw) in enumerate(zip(self.cameras, draws, strict=True)):
                 intrinsic[t, v] = draw.matrix(full) @ calibration[place, :9].reshape(3, 3)
                 ego_from_camera = np.eye(4)
                 ego_from_camera[:3] = calibration[place, 9:21].reshape(3, 4)
                 pose[t, v] = moves[t] @ ego_from_camera
         out["images"], out["image_from_camera"], out["bev_from_camera"] = images, intrinsic, pose
+
+    def _decoded(self, row: int, draws: Sequence[ImageDraw], out: Tensor) -> None:
+        """The images of one keyframe into out (V, 3, H, W)."""
+        if row in self._kept:
+            self._kept.move_to_end(row)
+            out.copy_(self._kept[row])
+            return
+        jpegs = self.cache.read("images", row)
+        for (name, _), draw, image in zip(self.cameras, draws, out, strict=True):
+            decode_image(jpegs[name], draw, image)
+        if self.keep_keyframes:
+            self._kept[row] = out.clone()
+            if len(self._kept) > self.keep_keyframes:
+                self._kept.popitem(last=False)
 
     def _depth(self, out: Arrays, row: int, draws: Sequence[ImageDraw]) -> None:
         """Points (n, 3) u, v in the augmented image and depth, with the camera's index."""
@@ -223,11 +281,12 @@ _HANDLED = {name for fields in PARTS.values() for name in fields} | {"camera_cal
 _FLOAT32 = ("image_from_camera", "bev_from_camera")  # bev_from_ego stays float64: cells are looked up with it
 
 
-def pack(samples: Sequence[Arrays], tokens: Sequence[str]) -> Packed:
-    """Samples of one batch as tensors: fixed shapes stacked, points in one list with a batch index, boxes padded."""
+def pack(samples: Sequence[Arrays], tokens: Sequence[str], images: Tensor | None = None) -> Packed:
+    """Samples of one batch as tensors: fixed shapes stacked, points in one list with a batch index, boxes padded.
+    images: (B, T, V, 3, H, W) that the samples were decoded into; it is taken as it is."""
     first = samples[0]
-    tensors: dict[str, Tensor] = {}
-    for name in [n for n in first if n not in ("depth", "radar", "lidar", "boxes")]:
+    tensors: dict[str, Tensor] = {} if images is None else {"images": images}
+    for name in [n for n in first if n not in ("depth", "radar", "lidar", "boxes") and n not in tensors]:
         stacked = np.stack([np.asarray(s[name]) for s in samples])
         if name in _FLOAT32:
             stacked = stacked.astype(np.float32)

@@ -6,7 +6,11 @@ and no named shared memory, and open the cache's files themselves.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from imkd_data.errors import ImkdError, NoProgressError, StorageError, UsageError
 from imkd_data.fields.lidar import z_from_code
@@ -34,6 +39,8 @@ __all__ = ["Stream", "held_out_rows", "stream"]
 
 # One batch of work: epoch and the position of this rank's first sample.
 _Key = tuple[int, int]
+
+_LOOK_EVERY_S = 5.0  # between two looks at whether the workers live
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,11 +64,25 @@ class _Source:
 
     def packed(self, key: _Key) -> Packed:
         rows, positions, padding = self._rows(key)
-        samples = [self.reader.read(int(r), epoch=key[0], position=int(p)) for r, p in zip(rows, positions, strict=True)]
-        out = pack(samples, [self.reader.cache.token(int(r)) for r in rows])
+        shape = self.reader.image_shape
+        images = None if shape is None else _buffer((len(rows), *shape))
+        samples = []
+        for i, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
+            into = None if images is None else images[i]
+            samples.append(self.reader.read(row, epoch=key[0], position=position, images=into))
+        out = pack(samples, [self.reader.cache.token(int(r)) for r in rows], images)
         if padding.any():
             out.tensors["padding"] = torch.from_numpy(padding)
         return out
+
+
+def _buffer(shape: tuple[int, ...]) -> Tensor:
+    """Bytes for a batch's images, not initialised: in a worker memory that the trainer's process maps, so nothing is copied
+    on the way; else NumPy's, which asks for large pages."""
+    if torch.utils.data.get_worker_info() is None:
+        return torch.from_numpy(np.empty(shape, dtype=np.uint8))
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)  # type: ignore[call-overload, no-any-return]
 
 
 class _Batches(torch.utils.data.Dataset[Any]):
@@ -89,7 +110,35 @@ class _Keys:
 
 
 def _one_thread(_: int) -> None:
+    """A worker is one core: neither torch nor the BLAS below NumPy starts threads of its own."""
     torch.set_num_threads(1)
+    with contextlib.suppress(ImportError):
+        from threadpoolctl import threadpool_limits
+
+        threadpool_limits(1, user_api="blas")
+
+
+def _started(loader: torch.utils.data.DataLoader[Any]) -> Iterator[Packed | ImkdError]:
+    """The loader's workers, started without torch's SIGCHLD handler: it raises a worker's death at any line of the
+    caller's code, even inside a checkpoint's write. ``_arrived`` sees it within seconds at a place we choose."""
+    mine = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+    before = signal.getsignal(signal.SIGCHLD) if mine else None
+    values = iter(loader)
+    if mine:
+        signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
+    return values
+
+
+def _arrived(values: Iterator[Packed | ImkdError], timeout_s: float) -> Packed | ImkdError:
+    """The next value. Every few seconds of waiting torch looks whether a worker is dead and raises; ``timeout_s`` bounds
+    the whole wait."""
+    until = time.monotonic() + timeout_s
+    while True:
+        try:
+            return next(values)
+        except RuntimeError as error:
+            if "timed out" not in str(error) or time.monotonic() >= until:
+                raise
 
 
 class Stream:
@@ -121,7 +170,9 @@ class Stream:
         self.batch_size, self.rank, self.world, self.workers = batch_size, rank, world, workers
         self.drop_last, self.device, self.timeout_s = drop_last, torch.device(device), timeout_s
         self.epoch, self.consumed = epoch, 0
-        self.reader = SampleReader(cache, read_rows(cache), request, seed=order.seed)
+        fixed = order.shuffle == "none" and not request.augment.enabled
+        keep = 1 - min(request.history) if fixed and len(request.history) > 1 else 0
+        self.reader = SampleReader(cache, read_rows(cache), request, seed=order.seed, keep_keyframes=keep)
         self.delivery = _delivery(cache, request)
         if drop_last and len(order) < self.global_batch:
             raise UsageError(
@@ -210,17 +261,17 @@ class Stream:
             prefetch_factor=2,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_one_thread,
-            timeout=self.timeout_s,
+            timeout=min(_LOOK_EVERY_S, self.timeout_s),
         )
-        expected = keys()
-        try:
-            for value in loader:
-                if isinstance(value, ImkdError):
-                    raise value
-                next(expected)
-                yield self.delivery.batch(value, self.device)
-        except (RuntimeError, ConnectionError) as error:  # a worker killed while it hands over a tensor resets its socket
-            raise self._worker_error(error, source, next(expected)) from error
+        values = _started(loader)
+        for key in keys():
+            try:
+                value = _arrived(values, self.timeout_s)
+            except (RuntimeError, ConnectionError) as error:  # a worker killed while it hands over a tensor resets its socket
+                raise self._worker_error(error, source, key) from error
+            if isinstance(value, ImkdError):
+                raise value
+            yield self.delivery.batch(value, self.device)
 
     def _worker_error(self, error: Exception, source: _Source, key: _Key) -> ImkdError:
         """A worker that died or hung: say what it was doing."""

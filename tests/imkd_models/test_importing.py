@@ -14,8 +14,9 @@ from imkd_data.errors import InputDataError, MismatchError, UsageError
 from imkd_models.convention import map_from_network, map_to_network, network_grid
 from imkd_models.detector import LidarDetector, StudentDetector
 from imkd_models.head import DecodeOptions, decode
-from imkd_models.importing import _CHANGES, SOURCES, import_public, import_state, public_keys
+from imkd_models.importing import SOURCES, import_public, import_state, public_keys
 from imkd_models.keymap import read_public
+from imkd_models.keyrules import CHANGES
 from imkd_models.label import LabelEncoder
 from imkd_models.presets import crn_r50_config, label_config_for
 
@@ -23,7 +24,7 @@ from imkd_models.presets import crn_r50_config, label_config_for
 def public_state(source: str, model: nn.Module) -> dict[str, torch.Tensor]:
     """What the public code would have stored for these weights."""
     return {
-        their: _CHANGES[change](value).contiguous()
+        their: CHANGES[change](value).contiguous()
         for value, (their, change) in zip(model.state_dict().values(), public_keys(source, model).values(), strict=True)
     }
 
@@ -90,10 +91,10 @@ def test_changes_of_axes_equal_the_public_layers():
     torch.manual_seed(0)
     x = torch.randn(2, 5, 4, 7)
     deconv = nn.ConvTranspose2d(5, 3, 1, bias=False)
-    torch.testing.assert_close(nn.functional.conv2d(x, _CHANGES["deconv"](deconv.weight)), deconv(x))
+    torch.testing.assert_close(nn.functional.conv2d(x, CHANGES["deconv"](deconv.weight)), deconv(x))
     conv = nn.Conv2d(5, 3, 3, padding=1)
     public = conv(x.transpose(2, 3)).transpose(2, 3)
-    torch.testing.assert_close(nn.functional.conv2d(x, _CHANGES["plane"](conv.weight), conv.bias, padding=1), public)
+    torch.testing.assert_close(nn.functional.conv2d(x, CHANGES["plane"](conv.weight), conv.bias, padding=1), public)
 
 
 def test_torchvision_backbone_weights_are_a_file(tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from disk_cache import disk_cache
 
 from imkd_data import open_cache
-from imkd_data.errors import CacheDamageError, StorageError, UsageError
+from imkd_data.errors import CacheDamageError, NoProgressError, StorageError, UsageError
 from imkd_data.loader.stream import stream
 from imkd_models.checkpoint import load_checkpoint
 from pipelines.counting import _TABLE, count_macs, macs_key, resolved_config
@@ -42,14 +44,32 @@ def test_a_dead_worker_is_an_error_with_tokens_and_advice(tmp_path: Path) -> Non
     cache = open_cache(disk_cache(tmp_path))
     batches = iter(stream(cache, 1, workers=1, split="all", fields=("boxes",)))
     next(batches)
-    import multiprocessing
-
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid or 0, signal.SIGKILL)
     with pytest.raises(StorageError, match="worker died") as error:
         for _ in batches:
             pass
     assert "/dev/shm" in str(error.value) and error.value.details["token"] and error.value.code == 5
+
+
+def test_a_worker_that_hangs_is_named_after_the_timeout(tmp_path: Path) -> None:
+    """A dead mount: opening the shard never returns."""
+    root = disk_cache(tmp_path)
+    cache = open_cache(root)
+    shard = root / "arrays.zarr" / "boxes" / "c" / "0" / "0" / "0"
+    shard.unlink()
+    os.mkfifo(shard)
+    started = time.monotonic()
+    with pytest.raises(NoProgressError, match="within 7 s") as error:
+        next(iter(stream(cache, 1, workers=1, split="all", shuffle="none", fields=("boxes",), timeout_s=7)))
+    assert error.value.details["token"] and 7 <= time.monotonic() - started < 60
+
+
+def test_streaming_leaves_the_callers_signal_handler(tmp_path: Path) -> None:
+    """torch's own handler would raise a worker's death anywhere, for instance inside a checkpoint's write."""
+    before = signal.getsignal(signal.SIGCHLD)
+    next(iter(stream(open_cache(disk_cache(tmp_path)), 1, workers=1, split="all", fields=("boxes",))))
+    assert signal.getsignal(signal.SIGCHLD) is before
 
 
 def test_damage_in_a_worker_keeps_its_details(tmp_path: Path) -> None:

@@ -357,7 +357,7 @@ def test_image_content_follows_the_matrix() -> None:
         ImageDraw(resized_w_px=70, resized_h_px=40, left_px=-6, top_px=-4, width_px=90, height_px=50, flip=True),
         ImageDraw(resized_w_px=200, resized_h_px=112, left_px=70, top_px=40, width_px=96, height_px=64),
     ):
-        out = decode_image(jpeg, draw).astype(np.float64).mean(axis=2)
+        out = decode_image(jpeg, draw).double().mean(0).numpy()
         weight = np.where(out > 40, out, 0)
         rows, columns = np.mgrid[: out.shape[0], : out.shape[1]]
         centre = np.array([(weight * columns).sum(), (weight * rows).sum()]) / weight.sum()
@@ -368,7 +368,7 @@ def test_image_content_follows_the_matrix() -> None:
 def test_normalisation_is_imagenet_rgb(cache: MemoryCache) -> None:
     from imkd_data.loader.deliver import normalised
 
-    image = torch.tensor([[[[255, 0, 0]]]], dtype=torch.uint8)
+    image = torch.tensor([[[[255]], [[0]], [[0]]]], dtype=torch.uint8)
     assert torch.allclose(normalised(image)[0, :, 0, 0], torch.tensor([2.2489, -2.0357, -1.8044]), atol=1e-3)
 
 
