@@ -63,7 +63,7 @@ class Deployed(nn.Module):
         if self.config.camera:
             batch = replace(
                 batch,
-                images_BTVCHW=normalised(given["images_u8"]),
+                images_BTVCHW=normalised(given["images_u8"].movedim(-1, -3)),
                 image_from_camera_BTV33=given["image_from_camera"],
                 bev_from_camera_BTV44=given["bev_from_camera"],
             )

@@ -60,7 +60,7 @@ def late_cameras(dataroot: Path, cache: Cache, image_hw_px: tuple[int, int]) -> 
         IDENTITY, full_hw_px=cache.suite.image_hw_px, image_hw_px=image_hw_px, cameras=1, seed=0, epoch=0, position=0
     )[0]
 
-    def late(token: str, name: str, ego_from_global: np.ndarray) -> tuple[Any, np.ndarray] | None:
+    def late(token: str, name: str, ego_from_global: np.ndarray) -> tuple[torch.Tensor, np.ndarray] | None:
         key = int(t.key_row[sample_row[token], t.channels.index(name)])
         row = int(t.data_prev[key]) if key >= 0 else -1
         if row < 0:
@@ -84,8 +84,7 @@ def late_cameras(dataroot: Path, cache: Cache, image_hw_px: tuple[int, int]) -> 
             for v, name in enumerate(names):
                 found = late(token, name, ego_from_global)
                 if found is not None:
-                    image = normalised(torch.from_numpy(np.ascontiguousarray(found[0])))
-                    images[b, 0, v] = image.to(images)
+                    images[b, 0, v] = normalised(found[0]).to(images)
                     poses[b, 0, v] = torch.from_numpy(found[1]).to(poses)
         return replace(batch, images_BTVCHW=images, bev_from_camera_BTV44=poses)
 

@@ -7,7 +7,6 @@ pooling planes) is done by ``deliver`` on the device.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -102,7 +101,7 @@ class SampleReader:
     def __init__(self, cache: Cache, table: RowTable, request: StreamRequest, *, seed: int, keep_keyframes: int = 0) -> None:
         self.cache, self.table, self.request, self.seed = cache, table, request, seed
         self.keep_keyframes = 0 if request.augment.enabled else keep_keyframes
-        self._kept: OrderedDict[int, Tensor] = OrderedDict()  # row -> (V, 3, H, W)
+        self._kept: dict[int, Tensor] = {}  # row -> (V, 3, H, W), in the order of arrival
         # (name, place on the stored camera axis) of the declared cameras
         self.cameras = tuple((c, i) for i, c in enumerate(cache.suite.cameras) if c in cache.recipe.sensors)
         self.fields = request.fields(cache.recipe.view_grid)
@@ -172,7 +171,8 @@ class SampleReader:
             images = torch.empty(self.image_shape or (), dtype=torch.uint8)
         intrinsic, pose = np.empty((slots, views, 3, 3)), np.empty((slots, views, 4, 4))
         done: dict[int, int] = {}
-        for t, row in enumerate(rows.tolist()):
+        for t in reversed(range(slots)):  # oldest first, so that what is kept longest is what the next sample needs
+            row = int(rows[t])
             if row in done:  # a repeated keyframe at the clip's start
                 images[t], intrinsic[t], pose[t] = images[done[row]], intrinsic[done[row]], pose[done[row]]
                 continue
@@ -189,7 +189,6 @@ class SampleReader:
     def _decoded(self, row: int, draws: Sequence[ImageDraw], out: Tensor) -> None:
         """The images of one keyframe into out (V, 3, H, W)."""
         if row in self._kept:
-            self._kept.move_to_end(row)
             out.copy_(self._kept[row])
             return
         jpegs = self.cache.read("images", row)
@@ -198,7 +197,7 @@ class SampleReader:
         if self.keep_keyframes:
             self._kept[row] = out.clone()
             if len(self._kept) > self.keep_keyframes:
-                self._kept.popitem(last=False)
+                del self._kept[next(iter(self._kept))]
 
     def _depth(self, out: Arrays, row: int, draws: Sequence[ImageDraw]) -> None:
         """Points (n, 3) u, v in the augmented image and depth, with the camera's index."""
