@@ -48,8 +48,12 @@ class Cache(store.Cache):
 
         return intensity_image(self, row, camera, hw_px)
 
-    def where(self, expression: str) -> NDArray[np.int64]:
-        """Rows by an expression over the index; the same as ``select``."""
+    def where(self, expression: Any) -> NDArray[np.int64]:
+        """Rows by a condition over the index: SQL (``"location like 'singapore%' and num_radar > 50"``) or a
+        ``pyarrow.compute`` expression. What can be written: ``imkd_data.cache.select.select``.
+
+        Raises UsageError for what cannot be read and for unknown columns, in one line that says what there is.
+        """
         return self.select(expression)
 
 

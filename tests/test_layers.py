@@ -58,6 +58,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "distributed": ("pipelines.build",),
     "zarr": ("imkd_data.cache",),
     "pyarrow": ("imkd_data.cache", "imkd_data.readers"),
+    "duckdb": ("imkd_data.cache.select",),
     "matplotlib": ("pipelines.plots",),
     "click": ("cli",),
     "rich": ("cli",),

@@ -32,8 +32,8 @@ def lines(kept: Any) -> list[dict[str, Any]]:
         ("location = 'synthetic-town' and num_radar > 500", lambda s: s["num_radar"] > 500),
         ("night", lambda s: s["night"]),
         ("NOT night AND num_boxes >= 49", lambda s: not s["night"] and s["num_boxes"] >= 49),
-        ("night and num_boxes < 43 or num_lidar > 1125", lambda s: s["night"] and s["num_boxes"] < 43 or s["num_lidar_points"] > 1125),
-        ("night and (num_boxes < 43 or num_lidar > 1125)", lambda s: s["night"] and (s["num_boxes"] < 43 or s["num_lidar_points"] > 1125)),
+        ("night and position = 0 or num_boxes > 48", lambda s: (s["night"] and not s["position"]) or s["num_boxes"] > 48),
+        ("night and (position = 0 or num_boxes > 48)", lambda s: s["night"] and (not s["position"] or s["num_boxes"] > 48)),
         ("num_boxes between 43 and 48", lambda s: 43 <= s["num_boxes"] <= 48),
         ("num_boxes not in (49, 42)", lambda s: s["num_boxes"] not in (49, 42)),
         ("scene in ('scene-0103', 'scene-0001')", lambda s: s["scene"] == "scene-0103"),
@@ -45,7 +45,7 @@ def lines(kept: Any) -> list[dict[str, Any]]:
         ("num_boxes > row", lambda s: True),
         ("not (night or previous_row >= 0)", lambda s: not s["night"] and s["previous_row"] < 0),
     ],
-)  # fmt: skip
+)
 def test_conditions(kept: Any, expression: str, holds: Any) -> None:
     expected = [s["row"] for s in lines(kept) if holds(s)]
     assert kept.where(expression).tolist() == expected
