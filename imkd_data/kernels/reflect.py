@@ -11,11 +11,11 @@ from numba import njit
 from imkd_data.kernels.raycast import GROUND, NOTHING, OWN_CAR, hash_normal, hash_uniform
 
 _RETRO_FLOOR = 101.0
-# The sensor's range calibration is not perfect: genuine medians dip between 15 and 30 m and rise again beyond.
+# The sensor's range calibration is not perfect: genuine medians are low below 5 m, dip between 15 and 30 m, and rise again.
 _CALIBRATION = np.interp(
     np.arange(512) * 0.25,
-    [0.0, 4.0, 6.0, 11.0, 15.0, 20.0, 30.0, 40.0, 55.0, 70.0],
-    [0.7, 0.85, 1.4, 1.1, 0.55, 0.36, 0.38, 0.6, 0.95, 1.1],
+    [0.0, 3.5, 4.5, 5.5, 7.0, 11.0, 15.0, 20.0, 30.0, 40.0, 55.0, 70.0],
+    [0.3, 0.33, 0.55, 1.05, 1.5, 1.1, 0.55, 0.36, 0.38, 0.6, 0.95, 1.1],
 )
 
 
@@ -57,7 +57,7 @@ def lidar_points(
             dx, dy, dz = direction[c, k, 0], direction[c, k, 1], direction[c, k, 2]
             value, shine = 0.0, 0.0
             if hit == OWN_CAR:
-                value = 2.0 + 30.0 * hash_uniform(seed + 2, ray) ** 3
+                value = 1.5 + 22.0 * hash_uniform(seed + 2, ray) ** 3
             elif hit == GROUND:
                 gx, gy = ox + dx * far, oy + dy * far
                 row, column = int(gy / cell_m), int(gx / cell_m)
@@ -94,7 +94,8 @@ def lidar_points(
                 which[c, k] = NOTHING
                 far, value = 0.0, _stray(seed, ray)
             else:
-                value *= _CALIBRATION[min(int(far * 4.0), 511)]
+                if hit != OWN_CAR:
+                    value *= _CALIBRATION[min(int(far * 4.0), 511)]
                 far += noise_m * max(-2.8, min(2.8, hash_normal(seed + 7, ray)))
                 value += 1.6 * hash_normal(seed + 8, ray)
                 value = min(max(value, 0.0), 100.0)

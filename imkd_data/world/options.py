@@ -13,7 +13,7 @@ from imkd_data.errors import UsageError
 
 WEATHERS = ("clear", "rain", "night", "rain-night")
 MATERIALS = ("class", "independent")
-LAYOUT_VERSION = 1  # raise when the same options give other bytes: unfinished worlds of another version are not continued
+LAYOUT_VERSION = 2  # raise when the same options give other bytes: unfinished worlds of another version are not continued
 KEYFRAME_S = 0.5
 
 

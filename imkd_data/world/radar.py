@@ -28,26 +28,32 @@ MAX_POINTS = 125
 PADDING_BYTES = 3726
 NEAR_M, NEAR_HALF_RAD = 70.0, np.radians(60.0)
 FAR_M, FAR_HALF_RAD = 250.0, np.radians(9.0)
+TWO_RAY_M = 80.0
 
-# Mean radar cross-section (dBsm) and number of reflection centres by category.
+# Mean radar cross-section (dBsm), number of reflection centres, and how often a near centre is reported, by category. The last
+# makes boxes hold radar points about as often as genuine ones do: nearly every truck, most cars, few people, hardly a cone.
 _RCS = {
-    "vehicle.car": (9.0, 2), "vehicle.truck": (15.0, 3), "vehicle.bus.rigid": (16.0, 4), "vehicle.trailer": (16.0, 4),
-    "vehicle.construction": (14.0, 3), "vehicle.motorcycle": (3.0, 2), "vehicle.bicycle": (0.5, 2),
-    "vehicle.emergency.police": (9.0, 2), "movable_object.barrier": (2.0, 2), "movable_object.trafficcone": (-3.0, 1),
-    "movable_object.pushable_pullable": (0.0, 1),
+    "vehicle.car": (9.0, 3, 0.55), "vehicle.truck": (15.0, 6, 0.8), "vehicle.bus.rigid": (16.0, 8, 0.8),
+    "vehicle.trailer": (16.0, 7, 0.8), "vehicle.construction": (14.0, 5, 0.7), "vehicle.motorcycle": (3.0, 2, 0.35),
+    "vehicle.bicycle": (0.5, 2, 0.45), "vehicle.emergency.police": (9.0, 3, 0.55), "movable_object.barrier": (2.0, 2, 0.4),
+    "movable_object.trafficcone": (-3.0, 1, 0.1), "movable_object.pushable_pullable": (0.0, 1, 0.4),
 }  # fmt: skip
-_PERSON_RCS = (-2.5, 1)
+_PERSON_RCS = (-2.5, 1, 0.35)
+# At this range a centre is reported half as often: its resolution cell holds other things too. Doppler tells a mover from them.
+_MERGE_STILL_M, _MERGE_MOVING_M = 28.0, 80.0
 _INVALID_GHOST = np.array([3, 4, 9, 11, 12, 15, 16, 10])
 _INVALID_SHARE = np.array([0.02, 0.26, 0.2, 0.3, 0.01, 0.05, 0.14, 0.02])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Echoes:
-    """Candidate echoes of one scan: global x, y, velocity, rcs, and what they belong to (-1: nothing that moves)."""
+    """Candidate echoes of one scan: global x, y, velocity, rcs, share of scans in which the sensor tells them from what is
+    around, and what they belong to (-1: nothing that moves)."""
 
     xy_m: F64
     velocity_mps: F64
     rcs_dbsm: F64
+    told: F64
     owner: NDArray[np.int64]
 
 
@@ -58,8 +64,9 @@ class RadarModel:
         self.scene, self.rig = scene, rig
         rng = random_stream(scene.seed, scene.index, "radar scatterers")
         self.still_xy, self.still_rcs = _standing_scatterers(scene, rng)
-        count = [_RCS.get(a.category, _PERSON_RCS)[1] for a in scene.actors]
-        self.owner = np.repeat(np.arange(len(count)), count)
+        traits = np.array([_RCS.get(a.category, _PERSON_RCS) for a in scene.actors])
+        self.owner = np.repeat(np.arange(len(traits)), traits[:, 1].astype(np.int64))
+        mean, _, self.told = traits[self.owner].T
         size = np.array([scene.actors[a].size_lwh_m for a in self.owner])
         # Reflection centres sit near the outline, corners and wheel arches.
         spot = rng.uniform(-1, 1, (len(self.owner), 2))
@@ -67,7 +74,6 @@ class RadarModel:
         spot[edge, 0] = np.sign(spot[edge, 0])
         spot[~edge, 1] = np.sign(spot[~edge, 1])
         self.spot = spot * (size[:, :2] / 2 - 0.12)
-        mean = np.array([_RCS.get(scene.actors[a].category, _PERSON_RCS)[0] for a in self.owner])
         self.rcs = mean + 4.0 * rng.standard_normal(len(self.owner)) - 3.0
 
     def scan(self, channel: str, t_s: float, things: Primitives, tree: raycast.Tree) -> NDArray[np.void]:
@@ -76,7 +82,7 @@ class RadarModel:
         rotation, origin, own = self._sensor(channel, t_s)
         echoes = self._echoes(t_s, origin)
         relative = (echoes.xy_m - origin[:2]) @ rotation[:2, :2]  # global -> sensor axes
-        keep = _seen(relative, echoes.rcs_dbsm, rng)
+        keep = _seen(relative, echoes.rcs_dbsm, echoes.told, rng)
         keep = keep[self._open(echoes, keep, origin, relative, things, tree, rng)]
         xy, rcs = relative[keep], echoes.rcs_dbsm[keep] + 1.5 * rng.standard_normal(len(keep))
         velocity = echoes.velocity_mps[keep] @ rotation[:2, :2]
@@ -103,10 +109,14 @@ class RadarModel:
         aspect = np.abs(np.cos(np.arctan2(sight[:, 1], sight[:, 0]) - yaw))
         # Cars are bright from the front, the back and broadside, dim at the corners.
         rcs = self.rcs + 5.0 * (np.maximum(aspect, np.sqrt(1.0 - aspect**2)) - 0.85) / 0.15
+        velocity = rate[self.owner, :2] + turn
+        merge = np.where(np.hypot(*velocity.T) > 0.5, _MERGE_MOVING_M, _MERGE_STILL_M)
+        told = self.told / (1.0 + (np.hypot(*sight.T) / merge) ** 2)
         return _Echoes(
             xy_m=np.concatenate([moving, self.still_xy]),
-            velocity_mps=np.concatenate([rate[self.owner, :2] + turn, np.zeros_like(self.still_xy)]),
+            velocity_mps=np.concatenate([velocity, np.zeros_like(self.still_xy)]),
             rcs_dbsm=np.concatenate([rcs, self.still_rcs]),
+            told=np.concatenate([told, np.ones(len(self.still_xy))]),
             owner=np.concatenate([self.owner, np.full(len(self.still_xy), -1)]),
         )
 
@@ -140,27 +150,29 @@ def _standing_scatterers(scene: Scene, rng: np.random.Generator) -> tuple[F64, F
             along[~side, 0] = np.sign(along[~side, 0])
         lx, ly = along[:, 0] * p[3], along[:, 1] * p[4]
         spots.append(np.stack([p[0] + p[6] * lx - p[7] * ly, p[1] + p[7] * lx + p[6] * ly], axis=1))
-        mean = 2.0 if p[10] > 0 else (9.0 if length > 3.0 else 6.0)
-        rcs.append(mean + 5.5 * rng.standard_normal(count))
+        mean = 3.0 if p[10] > 0 else (10.0 if length > 3.0 else 7.0)
+        rcs.append(mean + 6.5 * rng.standard_normal(count))
     run = scene.road.length_m + scene.road.s_min_m
-    clutter = int(run * 5.0)
+    clutter = int(run * 7.0)
     s = rng.uniform(scene.road.s_min_m + 5.0, run - 5.0, clutter)
     x, y, _ = scene.road.pose(s, rng.normal(0.0, 1.0, clutter) * np.where(rng.random(clutter) < 0.5, 12.0, 40.0))
     spots.append(np.stack([x, y], axis=1))
-    rcs.append(rng.normal(2.0, 5.0, clutter))
+    rcs.append(rng.normal(3.0, 6.0, clutter))
     return np.concatenate(spots), np.concatenate(rcs)
 
 
-def _seen(relative: F64, rcs: F64, rng: np.random.Generator) -> NDArray[np.int64]:
+def _seen(relative: F64, rcs: F64, told: F64, rng: np.random.Generator) -> NDArray[np.int64]:
     """Indices of candidates inside the beams that stand out of the noise this time."""
     far = np.hypot(relative[:, 0], relative[:, 1])
     angle = np.abs(np.arctan2(relative[:, 1], relative[:, 0]))
     near_beam = (far < NEAR_M) & (angle < NEAR_HALF_RAD)
     far_beam = (far < FAR_M) & (angle < FAR_HALF_RAD)
     index = np.flatnonzero((near_beam | far_beam) & (far > 1.0))
-    reach = np.where(far_beam[index], 104.0, 100.0 * np.cos(angle[index]) ** 0.5 + 1.0)
-    snr_db = rcs[index] - 40.0 * np.log10(far[index] / reach) + 2.0
-    chance = 0.66 / (1.0 + np.exp(-snr_db / 3.0))
+    narrow, far = far_beam[index], far[index]
+    reach = np.where(narrow, 110.0, 100.0 * np.cos(angle[index]) ** 2)
+    # Beyond some distance the echo by way of the road cancels the direct one: power falls with the eighth power of range.
+    snr_db = rcs[index] + 2.0 - 40.0 * np.log10(far / reach) - 40.0 * np.log10(np.maximum(far / TWO_RAY_M, 1.0))
+    chance = told[index] * np.where(narrow, 0.92, 0.6) / (1.0 + np.exp(-snr_db / 3.0))
     return np.asarray(index[rng.random(len(index)) < chance])
 
 

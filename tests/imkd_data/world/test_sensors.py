@@ -185,10 +185,10 @@ def test_radar_fields(stage: Stage) -> None:
 def test_radar_velocity_of_moving_actors_is_their_true_radial_velocity(stage: Stage) -> None:
     model = RadarModel(stage.scene, stage.rig)
     errors = []
-    for t in np.arange(0.3, 5.0, 0.3):
-        rotation, origin, _ = model._sensor("RADAR_FRONT", t)
+    for t, channel in ((t, c) for t in np.arange(0.3, 5.0, 0.3) for c in rigs.RADARS):
+        rotation, origin, _ = model._sensor(channel, t)
         things = stage.scene.primitives(t, origin[:2], 150.0)
-        points = model.scan("RADAR_FRONT", t, things, things.tree(0.0))
+        points = model.scan(channel, t, things, things.tree(0.0))
         place = np.stack([points["x"], points["y"]], 1) @ rotation[:2, :2].T + origin[:2]
         state, rate = stage.scene.tracks.at(t)
         for number in np.flatnonzero(np.hypot(rate[:, 0], rate[:, 1]) > 4.0):
@@ -200,6 +200,34 @@ def test_radar_velocity_of_moving_actors_is_their_true_radial_velocity(stage: St
                 )
                 errors.append(seen - rate[number, :2] @ sight)
     assert len(errors) > 10 and np.median(np.abs(errors)) < 0.25
+
+
+def test_radar_tells_trucks_more_often_than_cars_and_cars_more_often_than_people(stage: Stage) -> None:
+    """Points on an actor's outline per scan within 30 m, over all five radars."""
+    model, seen = RadarModel(stage.scene, stage.rig), dict.fromkeys(("truck", "car", "adult"), 0)
+    there = dict.fromkeys(seen, 0)
+    for t in np.arange(0.2, 5.4, 0.4):
+        ego = stage.scene.ego.poses(np.array([t]))[1][0, :2]
+        things = stage.scene.primitives(t, ego, 180.0)
+        state, _ = stage.scene.tracks.at(t)
+        tree, place = things.tree(0.0), []
+        for channel in rigs.RADARS:
+            rotation, origin, _ = model._sensor(channel, t)
+            points = model.scan(channel, t, things, tree)
+            place.append(np.stack([points["x"], points["y"]], 1) @ rotation[:2, :2].T + origin[:2])
+        xy = np.concatenate(place)
+        for number in np.flatnonzero(np.hypot(*(state[:, :2] - ego).T) < 30.0):
+            kind = stage.scene.actors[number].category.rsplit(".", 1)[-1]
+            if kind not in seen:
+                continue
+            c, s = np.cos(state[number, 2]), np.sin(state[number, 2])
+            local = (xy - state[number, :2]) @ np.array([[c, -s], [s, c]])
+            half = np.array(stage.scene.actors[number].size_lwh_m[:2]) / 2
+            seen[kind] += bool((np.abs(local) < half).all(axis=1).any())
+            there[kind] += 1
+    share = {k: seen[k] / there[k] for k in seen}
+    assert min(there.values()) >= 10
+    assert share["truck"] > 0.6 and 0.3 < share["car"] < 0.9 * share["truck"] and share["adult"] < 0.5 * share["car"], share
 
 
 def test_reflectivity_says_something_about_the_class_only_if_asked() -> None:
