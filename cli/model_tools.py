@@ -59,15 +59,22 @@ def demo(out: Path, quick: bool, seed: int, workers: int | None, as_json: bool, 
 
 @click.command("import")
 @click.argument("file", type=PATH)
-@click.option("--from", "source", required=True, metavar="SOURCE", help="Family of the file: crn, centerpoint, ...")
+@click.option(
+    "--from",
+    "source",
+    required=True,
+    metavar="SOURCE",
+    help="Family of the file: crn, bevdepth, labeldistill, crkd, centerpoint_mmdet3d.",
+)
 @click.option("--out", required=True, type=PATH, help="Folder that gets last.ckpt.")
 @click.option("--boxes", type=click.Choice(["lwh", "wlh"]), help="Order of box sizes in a LiDAR network's file.")
-def import_(file: Path, source: str, out: Path, boxes: str | None) -> None:
+@click.option("--part", default="student", show_default=True, help="Network of a file with several: student, lidar, label.")
+def import_(file: Path, source: str, out: Path, boxes: str | None, part: str) -> None:
     """Turn public weights (read as plain tensors, nothing in them is executed) into a checkpoint."""
     from imkd_models.checkpoint import save_checkpoint
     from imkd_models.importing import import_public
 
-    model, record = import_public(source, file, boxes=boxes)
+    model, record = import_public(source, file, boxes=boxes, part=part)
     config: Any = model.config
     meta = {
         "name": f"imported_{source}",

@@ -23,6 +23,7 @@ __all__ = [
     "cell_index",
     "conv_norm_relu",
     "count_per_rank",
+    "first_points",
     "frozen_copy",
     "inverse44",
 ]
@@ -197,6 +198,18 @@ def cell_index(xy_m: Tensor, grid: BevGrid, *, truncate: bool = False) -> tuple[
     column, row = index[..., 0], index[..., 1]
     inside = (row >= 0) & (row < grid.ny) & (column >= 0) & (column < grid.nx)
     return row, column, inside
+
+
+def first_points(values: Tensor, cell: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """At most ``most`` rows of every cell, the first ones, in their order: rows (N, F) and their cells (N,)."""
+    order = cell.argsort(stable=True)
+    ordered = cell[order]
+    position = torch.arange(len(cell), device=cell.device)
+    begins = torch.ones_like(ordered, dtype=torch.bool)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    start = torch.cummax(torch.where(begins, position, 0), 0).values if len(cell) else position
+    kept = order[position - start < most].sort().values
+    return values[kept], cell[kept]
 
 
 def inverse44(matrix: Tensor) -> Tensor:

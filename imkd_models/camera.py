@@ -139,7 +139,7 @@ class DepthNet(nn.Module):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frustum:
     """Where the cells of one keyframe's cameras lie. cell_NDW: flat BEV cell of (view-of-batch, bin, column), negative =
-    outside. valid_NDHW: height within z_range."""
+    outside; (N, D, H, W) for the frustum view. valid_NDHW: height within z_range."""
 
     cell_NDW: Tensor
     valid_NDHW: Tensor
@@ -178,7 +178,10 @@ def frustum(
         xyz = ray[:, :, None] * d[:, None, None, None] + pose[..., :3, 3][:, :, None, None, None]  # (B, V, D, H, W, 3)
         if "geometry:top_row_half" in config.parity:
             xyz = _half_before_augmentation(xyz, bev_from_ego_B44.float())
-        valid = (xyz[..., 2] > config.z_range_m[0]) & (xyz[..., 2] < config.z_range_m[1])
+        low, high = config.z_range_m
+        if config.view == "frustum":
+            return _own_places(xyz, config)
+        valid = (xyz[..., 2] > low) & (xyz[..., 2] < high)
         place, placed = xyz[:, :, :, 0], torch.ones_like(valid[:, :, :, 0])
         if config.geometry_rows == "mean":
             share, placed = valid[..., None].float(), valid.any(3)
@@ -188,6 +191,18 @@ def frustum(
         cell = (sample * config.grid.ny + row) * config.grid.nx + column
         cell = torch.where(inside & placed, cell, -1)
         return Frustum(cell_NDW=cell.flatten(0, 1), valid_NDHW=valid.flatten(0, 1))
+
+
+def _own_places(xyz: Tensor, config: StudentConfig) -> Frustum:
+    """Every cell (B, V, D, H, W, 3) at its own place. Truncation makes the one height cell twice as deep downwards."""
+    low, high = config.z_range_m
+    truncate = "cell_index:trunc" in config.parity
+    z = xyz[..., 2]
+    valid = (z > 2 * low - high) & (z < high) if truncate else (z >= low) & (z < high)
+    row, column, inside = cell_index(xyz[..., :2], config.grid, truncate=truncate)
+    sample = torch.arange(len(xyz), device=xyz.device).view(-1, 1, 1, 1, 1)
+    cell = torch.where(inside & valid, (sample * config.grid.ny + row) * config.grid.nx + column, -1)
+    return Frustum(cell_NDW=cell.flatten(0, 1), valid_NDHW=valid.flatten(0, 1))
 
 
 def _half_before_augmentation(xyz: Tensor, bev_from_ego: Tensor) -> Tensor:

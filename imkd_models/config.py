@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 MODEL_GRID = BevGrid(x_min_m=-51.2, y_min_m=-51.2, cell_m=0.8, nx=128, ny=128)
-FUSERS = ("concat", "gated", "deformable", "intensity", "heterogeneous")
+FUSERS = ("concat", "gated", "deformable", "intensity", "heterogeneous", "none")
 
 # Named departures of the public CRN code that live in the network (crn: section 8). Data options are the loader's.
 CRN_PARITY = frozenset(
@@ -99,6 +99,9 @@ class StudentConfig(ModelConfig):
     camera.build_backbone, None = random. depth_*: bins start at depth_min_m. radar_encoder: perspective (CRN, needs cameras) |
     bev (pillars on the BEV grid). geometry_rows: height of a frustum cell from the ``top`` or the ``mean`` valid feature
     row. fuser_stride: the attention fusers work on a grid coarser by this factor (1 in CRN; 2 for small CPU models).
+    depth_net: plain (CRN) | camera_aware (BEVDepth) | linear (BEVFusion). view: collapsed (CRN: mean over cells that share
+    one row's place) | frustum (every cell has its own place, sums). time_fusion: mix (one convolution) | concat (the trunk
+    reads all keyframes). fuser none: the only branch's map as it is. source_hw_px: size of the data set's images.
     """
 
     kind: ClassVar[str] = "student"
@@ -121,6 +124,10 @@ class StudentConfig(ModelConfig):
     z_range_m: tuple[float, float] = (-5.0, 3.0)
     geometry_rows: str = "top"
     depth_input: bool = False  # LiDAR depth as input: teachers only
+    depth_net: str = "plain"
+    depth_aggregation: bool = False  # BEVDepth's "da" variants
+    view: str = "collapsed"
+    source_hw_px: tuple[int, int] = (900, 1600)
     # radar
     radar_encoder: str = "perspective"
     radar_channels: int = 80
@@ -143,6 +150,7 @@ class StudentConfig(ModelConfig):
     fuser_hidden: int = 256
     fuser_dropout: float = 0.1
     fuser_stride: int = 1
+    time_fusion: str = "mix"
     gate_gain: float = 1.0
     camera_gate: str = "radar"
     sim_branch: bool = False
@@ -177,16 +185,44 @@ class StudentConfig(ModelConfig):
         if not self.history or self.history[0] != 0 or any(offset > 0 for offset in self.history):
             raise RecipeError("history starts with 0 and goes to the past", found=repr(self.history))
         self._check_sizes()
+        self._check_lift()
         choices = {
             "radar_encoder": ("perspective", "bev"),
             "geometry_rows": ("top", "mean"),
             "calibration_init": ("kaiming", "residual"),
             "camera_gate": ("radar", "camera"),
             "sim_attention": ("deformable", "conv"),
+            "depth_net": ("plain", "camera_aware", "linear"),
+            "view": ("collapsed", "frustum"),
+            "time_fusion": ("mix", "concat"),
         }
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise RecipeError(key, expected=" | ".join(allowed), found=getattr(self, key))
+
+    @property
+    def trunk_channels(self) -> int:
+        """Channels of ``bev_fused`` after the fusion over time."""
+        return self.fused_channels * (len(self.history) if self.time_fusion == "concat" else 1)
+
+    @property
+    def assisted(self) -> bool:
+        """Whether radar helps the view transform (CRN)."""
+        return self.camera and self.radar and self.radar_encoder == "perspective"
+
+    def _check_lift(self) -> None:
+        if self.fuser == "none":
+            if (self.camera and self.radar) or self.sim_branch:
+                raise RecipeError("fuser none is for students of one branch", next="set radar=false or camera=false")
+            width = self.camera_channels if self.camera else self.radar_channels
+            if width != self.fused_channels:
+                raise RecipeError("with fuser none fused_channels is the branch's width", expected=str(width))
+        if self.view == "frustum" and (self.assisted or self.sim_branch):
+            raise RecipeError(
+                "the frustum view knows no radar in perspective and no simulated branch", next="set radar_encoder=bev"
+            )
+        if self.view == "collapsed" and (self.depth_net != "plain" or self.depth_aggregation):
+            raise RecipeError("depth_net and depth_aggregation other than CRN's need view=frustum", found=self.depth_net)
 
     def _check_sizes(self) -> None:
         """The strided maps must come back to their own size."""
@@ -194,7 +230,7 @@ class StudentConfig(ModelConfig):
         if self.grid.ny % down or self.grid.nx % down:
             raise RecipeError(f"grid counts must divide by {down}", found=f"{self.grid.ny}x{self.grid.nx}")
         height, width = self.image_hw_px
-        if self.camera and (height % 32 or width % 32 or self.depth_bins % 2):
+        if self.camera and (height % 32 or width % 32 or (self.assisted and self.depth_bins % 2)):
             raise RecipeError(
                 "image sizes must divide by 32 and depth_bins by 2", found=f"{height}x{width}, {self.depth_bins} bins"
             )

@@ -16,10 +16,19 @@ from torch import Tensor
 
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import PointBatch
+from imkd_models.config import LidarConfig
 from imkd_models.head import CentreHead
 from imkd_models.outputs import HeadMaps
 
-__all__ = ["CONVENTIONS", "TurnedHead", "map_from_network", "map_to_network", "network_grid", "points_to_network"]
+__all__ = [
+    "CONVENTIONS",
+    "TurnedHead",
+    "map_from_network",
+    "map_to_network",
+    "near_sensor",
+    "network_grid",
+    "points_to_network",
+]
 
 CONVENTIONS = ("bev", "mmdet3d_lwh", "mmdet3d_wlh")
 
@@ -33,6 +42,15 @@ def points_to_network(lidar: PointBatch, height_m: float) -> PointBatch:
     """Points in LiDAR axes, z measured from the sensor at ``height_m`` above the bev origin."""
     x, y, z = lidar.xyz_m.unbind(-1)
     return replace(lidar, xyz_m=torch.stack([-y, x, z - height_m], dim=-1))
+
+
+def near_sensor(lidar: PointBatch, config: LidarConfig) -> Tensor:
+    """(N,) points of past sweeps within ``near_removed_m`` of the sensor in x and y; points are in the network's axes."""
+    if not config.near_removed_m:
+        return torch.zeros_like(lidar.age_s, dtype=torch.bool)
+    x, y, _ = config.mount_m
+    sensor = lidar.xyz_m.new_tensor([x, y] if config.convention == "bev" else [-y, x])
+    return (lidar.age_s > 0) & ((lidar.xyz_m[:, :2] - sensor).abs() < config.near_removed_m).all(-1)
 
 
 def map_from_network(x: Tensor) -> Tensor:

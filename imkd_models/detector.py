@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from imkd_data.errors import MismatchError, MissingFeatureError
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import Batch
+from imkd_models.bevdepth import CameraAwareDepthNet, FrustumView, LinearDepthNet, camera_values, pool_frustum
 from imkd_models.blocks import ResNetTrunk, StageNeck, conv_norm_relu
 from imkd_models.camera import DepthNet, Frustum, ImageEncoder, ViewTransform, depth_loss, frustum, pool_views
 from imkd_models.config import FusionConfig, LidarConfig, ModelConfig, StudentConfig
@@ -92,8 +93,8 @@ class Trunk(nn.Module):
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
         self.float32 = config.head_float32
-        self.stages = ResNetTrunk(config.fused_channels, config.trunk_base, config.trunk_blocks)
-        widths = (config.fused_channels, *self.stages.channels)
+        self.stages = ResNetTrunk(config.trunk_channels, config.trunk_base, config.trunk_blocks)
+        widths = (config.trunk_channels, *self.stages.channels)
         factors = [2**i for i in range(len(widths))]
         self.neck = StageNeck(widths, [config.neck_channels] * len(widths), factors, momentum=config.norm_momentum)
 
@@ -134,8 +135,15 @@ class CameraBranch(nn.Module):
             self.sparse_depth = nn.Sequential(*layers)
             width += extra
         c = config
-        self.depth = DepthNet(width, c.depth_channels, c.camera_channels, c.depth_bins, c.depth_blocks)
-        self.view = ViewTransform(c.camera_channels, c.view_convs, radar=radar_assisted)
+        if c.depth_net == "linear":
+            self.depth: nn.Module = LinearDepthNet(width, c.camera_channels, c.depth_bins)
+        else:
+            net = CameraAwareDepthNet if c.depth_net == "camera_aware" else DepthNet
+            self.depth = net(width, c.depth_channels, c.camera_channels, c.depth_bins, c.depth_blocks)
+        if c.view == "frustum":
+            self.view: nn.Module = FrustumView(c.camera_channels, aggregate=c.depth_aggregation)
+        else:
+            self.view = ViewTransform(c.camera_channels, c.view_convs, radar=radar_assisted)
 
     def encode(self, batch: Batch, slot: int) -> Tensor:
         """(B*V, C, h, w) image features of one history slot."""
@@ -152,6 +160,29 @@ class CameraBranch(nn.Module):
         context, logits = self.depth(features)
         depth = logits.float().softmax(1)
         return self.view(context, depth, cells.valid_NDHW, occupancy), depth
+
+    def pooled(
+        self,
+        batch: Batch,
+        slot: int,
+        features: Tensor,
+        cells: Frustum,
+        radar: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Image features of one slot -> BEV map (B, C, Y, X) and depth probabilities (N, D, h, w). radar: context and
+        occupancy on the same planes; its channels follow those of the camera."""
+        c, count = self.config, len(batch)
+        if c.view == "collapsed":
+            plane, depth = self.lift(features, cells, None if radar is None else radar[1])
+            planes = [plane] if radar is None else [plane, radar[0]]
+            return pool_views(planes, cells, c.grid, count, parity=c.parity), depth
+        extra = ()
+        if c.depth_net == "camera_aware":
+            image33, pose44 = batch.image_from_camera_BTV33[:, 0], batch.bev_from_camera_BTV44[:, 0]
+            extra = (camera_values(image33, pose44, batch.bev_from_ego_B44, c),)  # of the current keyframe, as published
+        context, logits = self.depth(features, *extra)
+        depth = logits.float().softmax(1)
+        return pool_frustum(self.view(context, depth), cells.cell_NDW, c.grid.shape, count), depth
 
 
 def _strides(total: int) -> list[int]:
@@ -197,7 +228,7 @@ class StudentDetector(Detector):
         super().__init__(config)
         c = config
         self.sensors = tuple(name for name, on in (("camera", c.camera), ("radar", c.radar)) if on)
-        self.perspective = c.radar and c.camera and c.radar_encoder == "perspective"
+        self.perspective = c.assisted
         if c.camera:
             self.camera = CameraBranch(c, radar_assisted=self.perspective, pretrained=pretrained)
         if c.radar:
@@ -205,7 +236,8 @@ class StudentDetector(Detector):
         self.calibration = CalibrationBlock(c.radar_channels, c.calibration_init) if c.radar and c.calibration else None
         self.sim = SimulatedBranch(c, self.camera.image.neck.out_channels) if c.sim_branch else None
         self.fuser = build_fuser(c)
-        self.time = TimeReduction(c.fused_channels, len(c.history)) if len(c.history) > 1 else None
+        mixed = len(c.history) > 1 and c.time_fusion == "mix"
+        self.time = TimeReduction(c.fused_channels, len(c.history)) if mixed else None
         self.trunk = Trunk(c)
         self.head = CentreHead(
             self.trunk.neck.out_channels,
@@ -229,23 +261,20 @@ class StudentDetector(Detector):
             shapes["bev_camera_gated"] = (c.camera_channels, *size)
         if getattr(self.fuser, "intensity", False):
             shapes.update({"bev_intensity_camera": (1, *size), "bev_intensity_radar": (1, *size)})
-        return {**shapes, "bev_fused": (c.fused_channels, *size), **self.trunk.feature_shapes(self.grid)}
+        return {**shapes, "bev_fused": (c.trunk_channels, *size), **self.trunk.feature_shapes(self.grid)}
 
     def fused_keyframe(self, batch: Batch, slot: int) -> tuple[dict[str, Tensor], Tensor | None]:
         """Maps of one history slot up to the fuser, in the current bev frame, and depth probabilities (B, V, D, h, w)."""
         c, count = self.config, len(batch)
-        maps, depth, cells, features = {}, None, None, None
-        planes: list[Tensor] = []
+        maps, depth, cells, features, assisted = {}, None, None, None, None
         if c.camera:
             image33, pose44 = batch.image_from_camera_BTV33[:, slot], batch.bev_from_camera_BTV44[:, slot]
             cells = frustum(image33, pose44, batch.bev_from_ego_B44, c)
-            occupancy = None
             if self.perspective:
                 context, occupancy_logits = self.radar(batch.radar, slot, image33, pose44, batch.bev_from_ego_B44)
-                occupancy, planes = torch.sigmoid(occupancy_logits.float()), [context]
+                assisted = (context, torch.sigmoid(occupancy_logits.float()))
             features = self.camera.encode(batch, slot)
-            plane, depth = self.camera.lift(features, cells, occupancy)
-            pooled = pool_views([plane, *planes], cells, c.grid, count, parity=c.parity)
+            pooled, depth = self.camera.pooled(batch, slot, features, cells, assisted)
             maps["bev_camera"] = pooled[:, : c.camera_channels]
             depth = depth.unflatten(0, (count, -1))
         if c.radar:
@@ -281,11 +310,12 @@ class StudentDetector(Detector):
     def forward(self, batch: Batch, past: Sequence[Tensor] | None = None) -> Outputs:
         self._check(batch, past)
         maps, depth = self.fused_keyframe(batch, 0)
-        if self.time is not None:
+        if len(self.config.history) > 1:
             if past is None:
                 with torch.no_grad():
                     past = [self.fused_keyframe(batch, slot)[0]["bev_fused"] for slot in range(1, len(self.config.history))]
-            maps["bev_fused"] = self.time([maps["bev_fused"], *past])
+            keyframes = [maps["bev_fused"], *past]
+            maps["bev_fused"] = torch.cat(keyframes, dim=1) if self.time is None else self.time(keyframes)
         maps.update(self.trunk(maps["bev_fused"]))
         return Outputs(features=maps, head=self.head.maps(maps["bev_neck"]), grid=self.grid, depth_BVDHW=depth)
 
@@ -371,11 +401,8 @@ class FusionDetector(Detector):
         need(batch, "lidar", "images_BTVCHW", "image_from_camera_BTV33", "bev_from_camera_BTV44")
         camera, count = self.config.student, len(batch)
         cells = frustum(batch.image_from_camera_BTV33[:, 0], batch.bev_from_camera_BTV44[:, 0], batch.bev_from_ego_B44, camera)
-        plane, depth = self.camera.lift(self.camera.encode(batch, 0), cells, None)
-        maps = {
-            "bev_lidar": self.lidar_map(self.lidar(batch.lidar, count)["bev_neck"]),
-            "bev_camera": pool_views([plane], cells, self.grid, count, parity=camera.parity),
-        }
+        seen, depth = self.camera.pooled(batch, 0, self.camera.encode(batch, 0), cells)
+        maps = {"bev_lidar": self.lidar_map(self.lidar(batch.lidar, count)["bev_neck"]), "bev_camera": seen}
         maps.update(self.fuser(maps))
         maps.update(self.trunk(maps["bev_fused"]))
         head = self.head.maps(maps["bev_neck"])

@@ -30,12 +30,12 @@ Maps = Mapping[str, Tensor]
 
 
 class SingleFuser(nn.Module):
-    """One branch only: 3x3 conv, norm, ReLU."""
+    """One branch only: 3x3 conv, norm, ReLU; or nothing at all (``plain``)."""
 
-    def __init__(self, name: str, in_channels: int, channels: int) -> None:
+    def __init__(self, name: str, in_channels: int, channels: int, *, plain: bool = False) -> None:
         super().__init__()
         self.name = name
-        self.mix = conv_norm_relu(in_channels, channels)
+        self.mix: nn.Module = nn.Identity() if plain else conv_norm_relu(in_channels, channels)
 
     def forward(self, maps: Maps) -> dict[str, Tensor]:
         return {"bev_fused": self.mix(maps[self.name])}
@@ -252,9 +252,9 @@ def build_fuser(config: StudentConfig) -> nn.Module:
     if config.sim_branch:  # plain rivals of the heterogeneous fuser read the simulated map, which holds the radar
         names, radar = ("bev_camera", "bev_sim"), camera
     elif not config.radar:
-        return SingleFuser("bev_camera", camera, out)
+        return SingleFuser("bev_camera", camera, out, plain=config.fuser == "none")
     elif not config.camera:
-        return SingleFuser("bev_radar", radar, out)
+        return SingleFuser("bev_radar", radar, out, plain=config.fuser == "none")
     if config.fuser == "concat":
         return ConcatFuser(names, (camera, radar), out)
     if config.fuser == "gated":

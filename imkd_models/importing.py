@@ -13,108 +13,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imkd_data.errors import InputDataError, MismatchError, UsageError
-from imkd_models.config import CRN_PARITY, LidarConfig, ModelConfig, StudentConfig
-from imkd_models.detector import Detector
-from imkd_models.keymap import Rule, public_key, read_public, resnet_rules
-from imkd_models.presets import build_model, centerpoint_pillar_config, crn_r18_config, crn_r50_config
+from imkd_models.config import CRN_PARITY, LabelConfig, LidarConfig, ModelConfig, StudentConfig
+from imkd_models.keymap import Rule, public_key, read_public
+from imkd_models.keyrules import (
+    BEVDEPTH,
+    CENTERPOINT_PILLAR,
+    CENTERPOINT_VOXEL,
+    CHANGES,
+    CRN,
+    LABELDISTILL_LABEL,
+    LABELDISTILL_LIDAR,
+)
+from imkd_models.presets import (
+    bevdepth_r50_config,
+    build_model,
+    centerpoint_pillar_config,
+    crn_r18_config,
+    crn_r50_config,
+    voxel_config,
+)
 
 __all__ = ["SOURCES", "Source", "import_public", "import_state", "public_keys", "read_public"]
 
-# Changes of a tensor on the way in.
-_CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
-    "": lambda x: x,
-    # A transposed 1x1 convolution at stride 1 is a convolution with the first two axes exchanged.
-    "deconv": lambda x: x.transpose(0, 1) if x.dim() == 4 else x,
-    # CRN's view aggregation runs on (column, depth) planes, ours on (depth, column).
-    "plane": lambda x: x.transpose(2, 3) if x.dim() == 4 else x,
-}
-
-
-def _head(theirs: str) -> list[Rule]:
-    """CenterHead: shared convolution and six branches per class group."""
-    names = {
-        "offset_cells": "reg",
-        "height_m": "height",
-        "log_size_m": "dim",
-        "yaw_sincos": "rot",
-        "velocity_mps": "vel",
-        "heatmap_logits": "heatmap",
-    }
-    rules: list[Rule] = [
-        (r"head\.shared\.0\.(.*)", rf"{theirs}.shared_conv.conv.\1", ""),
-        (r"head\.shared\.1\.(.*)", rf"{theirs}.shared_conv.bn.\1", ""),
-    ]
-    for mine, their in names.items():
-        rules += [
-            (rf"head\.branches\.(\d+)\.{mine}\.0\.(.*)", rf"{theirs}.task_heads.\1.{their}.0.conv.\2", ""),
-            (rf"head\.branches\.(\d+)\.{mine}\.1\.(.*)", rf"{theirs}.task_heads.\1.{their}.0.bn.\2", ""),
-            (rf"head\.branches\.(\d+)\.{mine}\.3\.(.*)", rf"{theirs}.task_heads.\1.{their}.1.\2", ""),
-        ]
-    return rules
-
-
-def _neck(ours: str, theirs: str, deconv: int | None) -> list[Rule]:
-    """SECONDFPN; ``deconv``: the branch whose 1x1 convolution is stored as a transposed one."""
-    rules: list[Rule] = []
-    if deconv is not None:
-        rules.append((rf"{ours}\.branches\.{deconv}\.0\.(.*)", rf"{theirs}.deblocks.{deconv}.0.\1", "deconv"))
-    return [*rules, (rf"{ours}\.branches\.(\d+)\.(\d+)\.(.*)", rf"{theirs}.deblocks.\1.\2.\3", "")]
-
-
-def _second(ours: str, theirs: str) -> list[Rule]:
-    return [(rf"{ours}\.stages\.(\d+)\.(\d+)\.(\d+)\.(.*)", rf"{theirs}.blocks.\1.*\2+\3.\4", "")]
-
-
-_VIEW = ("reduce_conv.0", "reduce_conv.1", "conv.0", "conv.1", "conv.3", "conv.4")
-_CRN: list[Rule] = [
-    *resnet_rules(r"camera\.image\.backbone", "model.backbone_img.img_backbone"),
-    *_neck(r"camera\.image\.neck", "model.backbone_img.img_neck", 2),
-    (r"camera\.depth\.reduce\.(.*)", r"model.backbone_img.depth_net.reduce_conv.\1", ""),
-    (r"camera\.depth\.context\.(.*)", r"model.backbone_img.depth_net.context_conv.\1", ""),
-    (r"camera\.depth\.depth\.(\d+)\.norm(\d)\.(.*)", r"model.backbone_img.depth_net.depth_conv.\1.bn\2.\3", ""),
-    (r"camera\.depth\.depth\.(.*)", r"model.backbone_img.depth_net.depth_conv.\1", ""),
-    *[
-        (rf"camera\.view\.aggregate\.{i // 2}\.{i % 2}\.(.*)", rf"model.backbone_img.view_aggregation_net.{name}.\1", "plane")
-        for i, name in enumerate(_VIEW)
-    ],
-    (r"camera\.view\.aggregate\.3\.(.*)", r"model.backbone_img.view_aggregation_net.out_conv.0.\1", "plane"),
-    (r"radar\.pillars\.(linear|norm)1\.(.*)", r"model.backbone_pts.pts_voxel_encoder.pfn_layers.0.\1.\2", ""),
-    (r"radar\.pillars\.(linear|norm)2\.(.*)", r"model.backbone_pts.pts_voxel_encoder.pfn_layers.1.\1.\2", ""),
-    *_second(r"radar\.backbone", "model.backbone_pts.pts_backbone"),
-    *_neck(r"radar\.neck", "model.backbone_pts.pts_neck", None),
-    (r"radar\.context\.(.*)", r"model.backbone_pts.pred_context.\1", ""),
-    (r"radar\.occupancy\.(.*)", r"model.backbone_pts.pred_occupancy.\1", ""),
-    (r"fuser\.norms\.0\.(.*)", r"model.fuser.norm_img.\1", ""),
-    (r"fuser\.norms\.1\.(.*)", r"model.fuser.norm_pts.\1", ""),
-    (r"fuser\.query\.(.*)", r"model.fuser.input_proj.\1", ""),
-    (r"fuser\.rows\.(.*)", r"model.fuser.positional_encoding.row_embed.\1", ""),
-    (r"fuser\.columns\.(.*)", r"model.fuser.positional_encoding.col_embed.\1", ""),
-    (r"fuser\.layers\.(\d+)\.attention\.offsets\.(.*)", r"model.fuser.attn_layers.\1.sampling_offsets.\2", ""),
-    (r"fuser\.layers\.(\d+)\.attention\.weights\.(.*)", r"model.fuser.attn_layers.\1.attention_weights.\2", ""),
-    (r"fuser\.layers\.(\d+)\.attention\.values\.0\.(.*)", r"model.fuser.attn_layers.\1.value_proj_img.\2", ""),
-    (r"fuser\.layers\.(\d+)\.attention\.values\.1\.(.*)", r"model.fuser.attn_layers.\1.value_proj_pts.\2", ""),
-    (r"fuser\.layers\.(\d+)\.norm([12])\.(.*)", r"model.fuser.norm_layers\2.\1.\3", ""),
-    (r"fuser\.layers\.(\d+)\.expand\.(.*)", r"model.fuser.ffn_layers.\1.layers.0.0.\2", ""),
-    (r"fuser\.layers\.(\d+)\.contract\.(.*)", r"model.fuser.ffn_layers.\1.layers.1.\2", ""),
-    (r"time\.mix\.(.*)", r"model.fuser.reduce_conv.\1", ""),
-    (r"trunk\.stages\.stem\.0\.(.*)", r"model.head.trunk.conv1.\1", ""),
-    (r"trunk\.stages\.stem\.1\.(.*)", r"model.head.trunk.bn1.\1", ""),
-    (r"trunk\.stages\.stages\.(\d+)\.(\d+)\.conv(\d)\.(.*)", r"model.head.trunk.layer+\1.\2.conv\3.\4", ""),
-    (r"trunk\.stages\.stages\.(\d+)\.(\d+)\.norm(\d)\.(.*)", r"model.head.trunk.layer+\1.\2.bn\3.\4", ""),
-    (r"trunk\.stages\.stages\.(\d+)\.(\d+)\.shortcut\.(.*)", r"model.head.trunk.layer+\1.\2.downsample.\3", ""),
-    *_neck(r"trunk\.neck", "model.head.neck", 0),
-    *_head("model.head"),
-]
-_CENTERPOINT: list[Rule] = [
-    (r"lidar\.encoder\.(linear|norm)\.(.*)", r"pts_voxel_encoder.pfn_layers.0.\1.\2", ""),
-    *_second(r"lidar\.stages", "pts_backbone"),
-    *_neck(r"lidar\.neck", "pts_neck", None),
-    *_head("pts_bbox_head"),
-]
+# Network parity options of BEVDepth's code base: truncated cells, frustum edges, swapped channels; velocity NaN becomes 0.
+BEVDEPTH_PARITY = frozenset({"cell_index:trunc", "image_channels:swapped", "frustum:linspace_edges", "nan_velocity:zero"})
 
 
 def _crn_config(state: Mapping[str, Tensor]) -> StudentConfig:
@@ -122,37 +47,111 @@ def _crn_config(state: Mapping[str, Tensor]) -> StudentConfig:
     return (crn_r50_config if deep else crn_r18_config)(parity=CRN_PARITY)
 
 
+def _shape(state: Mapping[str, Tensor], key: str, dims: int, what: str) -> tuple[int, ...]:
+    """Shape of the tensor that tells variants of a family apart. Errors: InputDataError where it is absent or of other kind."""
+    value = state.get(key)
+    if value is None or value.dim() != dims:
+        found = "absent" if value is None else str(tuple(value.shape))
+        raise InputDataError(f"this is no {what}", expected=f"{key} with {dims} dimensions", found=found)
+    return tuple(value.shape)
+
+
 def _centerpoint_config(state: Mapping[str, Tensor]) -> LidarConfig:
-    weight = state.get("pts_voxel_encoder.pfn_layers.0.linear.weight")
-    if weight is None or weight.dim() != 2 or weight.shape[1] not in (10, 11):
-        raise InputDataError(
-            "this is no CenterPoint pillar network of mmdetection3d",
-            expected="pts_voxel_encoder.pfn_layers.0.linear.weight (C, 10) or (C, 11)",
-            found="absent" if weight is None else str(tuple(weight.shape)),
-        )
+    if "pts_middle_encoder.conv_input.0.weight" in state:
+        # The network of the public file is spconv's; its boxes are those of mmdetection3d 1.0 unless ``boxes`` says else.
+        return _voxel_config("centerpoint_voxel", convention="mmdet3d_lwh", near_removed_m=1.0)
+    shape = _shape(state, "pts_voxel_encoder.pfn_layers.0.linear.weight", 2, "CenterPoint network of mmdetection3d")
+    if shape[1] not in (10, 11):
+        raise InputDataError("this is no CenterPoint pillar network", expected="10 or 11 pillar inputs", found=str(shape[1]))
     # With 11 inputs the code is at least 0.17; the boxes changed in 1.0, which the keys do not tell: see ``boxes``.
     return centerpoint_pillar_config(
-        pillar_centre_values=weight.shape[1] - 8,
+        pillar_centre_values=shape[1] - 8,
         points_per_pillar=20,
         intensity_scale=255.0,
         near_removed_m=1.0,
-        convention="mmdet3d_lwh" if weight.shape[1] == 11 else "mmdet3d_wlh",
+        convention="mmdet3d_lwh" if shape[1] == 11 else "mmdet3d_wlh",
     )
+
+
+def _voxel_config(name: str, **changes: Any) -> LidarConfig:
+    return voxel_config(name=name, intensity_scale=255.0, points_per_pillar=10, **changes)
+
+
+_HISTORY = {1: (0,), 2: (0, -1), 3: (0, -2, -4), 4: (0, -2, -4, -6), 5: (0, -2, -4, -6, -8)}
+
+
+def _bevdepth_config(state: Mapping[str, Tensor], *, name: str = "bevdepth_r50") -> StudentConfig:
+    """Widths and number of keyframes from the file; keyframe offsets as in the public configurations."""
+    what = "BEVDepth network"
+    context = _shape(state, "model.backbone.depth_net.context_conv.weight", 4, what)[0]
+    base, inputs = _shape(state, "model.head.trunk.conv1.weight", 4, what)[:2]
+    keyframes, rest = divmod(inputs, context)
+    if rest or keyframes not in _HISTORY:
+        expected = f"1 to 5 keyframes of {context} channels"
+        raise InputDataError(f"this is no {what}", expected=expected, found=f"{inputs} channels")
+    return bevdepth_r50_config(
+        name=name,
+        history=_HISTORY[keyframes],
+        camera_channels=context,
+        fused_channels=context,
+        trunk_base=base,
+        depth_channels=_shape(state, "model.backbone.depth_net.reduce_conv.0.weight", 4, what)[0],
+        depth_aggregation="model.backbone.depth_aggregation_net.out_conv.0.weight" in state,
+        parity=BEVDEPTH_PARITY,
+    )
+
+
+def _labeldistill_config(state: Mapping[str, Tensor]) -> StudentConfig:
+    return _bevdepth_config(state, name="labeldistill_r50")
+
+
+def _label_config(state: Mapping[str, Tensor]) -> LabelConfig:
+    hidden = _shape(state, "model.label_encoder.mlp_box.fc1.weight", 2, "LabelDistill label encoder")[0]
+    stages = (("bev_stage1", 128, 128, 128), ("bev_stage2", 256, 64, 64))
+    return LabelConfig(name="labeldistill_label", stages=stages, hidden=hidden)
+
+
+def _labeldistill_lidar_config(state: Mapping[str, Tensor]) -> LidarConfig:
+    _shape(state, "model.centerpoint.pts_middle_encoder.conv_input.0.weight", 5, "LabelDistill file with its LiDAR teacher")
+    return _voxel_config("labeldistill_lidar", convention="bev")  # trained in the ego frame
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """One family of public files. ignored: patterns of their keys that carry no weights (buffers, loss constants)."""
+    """One network of a family of public files.
 
-    rules: list[Rule]
+    rules: key map; a function where the file decides. ignored: patterns of keys that carry no weights of this network
+    (buffers, loss constants, and other networks in the same file, which the record names).
+    """
+
+    rules: list[Rule] | Callable[[Mapping[str, Tensor]], list[Rule]]
     config: Callable[[Mapping[str, Tensor]], ModelConfig]
     ignored: tuple[str, ...]
     summary: str
 
+    def rules_for(self, state: Mapping[str, Tensor]) -> list[Rule]:
+        """The key map for this file."""
+        return self.rules if isinstance(self.rules, list) else self.rules(state)
 
+
+def _centerpoint_rules(state: Mapping[str, Tensor]) -> list[Rule]:
+    return CENTERPOINT_VOXEL if "pts_middle_encoder.conv_input.0.weight" in state else CENTERPOINT_PILLAR
+
+
+_LSS_BUFFERS = r"model\.backbone\.(voxel_size|voxel_coord|voxel_num|frustum)"
+# LabelDistill's files hold all its networks; the adaptors exist in training only.
+_LABELDISTILL_PARTS = {"student": r"model\.(backbone|head)\..*", "lidar": r"model\.centerpoint\..*"}
+_LABELDISTILL_PARTS |= {"label": r"model\.label_encoder\..*", "adaptors": r"model\.distill_encoder_(lidar|label)\..*"}
+
+
+def _others(part: str) -> tuple[str, ...]:
+    return tuple(pattern for name, pattern in _LABELDISTILL_PARTS.items() if name != part)
+
+
+# Family, or family:part for the further networks of a file.
 SOURCES: dict[str, Source] = {
     "crn": Source(
-        rules=_CRN,
+        rules=CRN,
         config=_crn_config,
         ignored=(
             r"model\.backbone_img\.(voxel_size|voxel_coord|voxel_num|frustum)",
@@ -160,31 +159,56 @@ SOURCES: dict[str, Source] = {
         ),
         summary="CRN R18 or R50, 256x704, four keyframes (github.com/youngskkim/CRN), all network parity options on",
     ),
+    "bevdepth": Source(
+        rules=BEVDEPTH,
+        config=_bevdepth_config,
+        ignored=(_LSS_BUFFERS,),
+        summary="BEVDepth R50, 256x704, with or without depth aggregation (github.com/Megvii-BaseDetection/BEVDepth)",
+    ),
+    "labeldistill": Source(
+        rules=BEVDEPTH,
+        config=_labeldistill_config,
+        ignored=(_LSS_BUFFERS, *_others("student")),
+        summary="LabelDistill's camera student (github.com/sanmin0312/LabelDistill); --part lidar, --part label: its teachers",
+    ),
+    "labeldistill:lidar": Source(
+        rules=LABELDISTILL_LIDAR,
+        config=_labeldistill_lidar_config,
+        ignored=_others("lidar"),
+        summary="LabelDistill's CenterPoint with 0.1 m voxels, trained in the ego frame; needs spconv",
+    ),
+    "labeldistill:label": Source(
+        rules=LABELDISTILL_LABEL,
+        config=_label_config,
+        ignored=_others("label"),
+        summary="LabelDistill's label encoder",
+    ),
     "centerpoint_mmdet3d": Source(
-        rules=_CENTERPOINT,
+        rules=_centerpoint_rules,
         config=_centerpoint_config,
         ignored=(),
-        summary="CenterPoint with 0.2 m pillars (mmdetection3d), in its own axes and units",
+        summary="CenterPoint with 0.2 m pillars or 0.1 m voxels (mmdetection3d), in its own axes and units",
     ),
 }
 
 
-def public_keys(source: str, model: torch.nn.Module) -> dict[str, tuple[str, str]]:
-    """{our key: (their key, change)} for every tensor of the model."""
-    return {key: public_key(SOURCES[source].rules, key) for key in model.state_dict()}
+def public_keys(source: str, model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, tuple[str, str]]:
+    """{our key: (their key, change)} for every tensor of the model. state: the file, where it decides on the key map."""
+    rules = SOURCES[source].rules_for({} if state is None else state)
+    return {key: public_key(rules, key) for key in model.state_dict()}
 
 
-def import_state(source: str, state: Mapping[str, Tensor], model: torch.nn.Module) -> None:
+def import_state(source: str, state: Mapping[str, Tensor], model: nn.Module) -> None:
     """Load a public state dict into ``model``. MismatchError lists missing, unused and wrongly shaped keys; only absent
     ``num_batches_tracked`` counters are tolerated."""
     own, used, problems = model.state_dict(), set(), []
-    for key, (their, change) in public_keys(source, model).items():
+    for key, (their, change) in public_keys(source, model, state).items():
         if their not in state:
             if not key.endswith("num_batches_tracked"):
                 problems.append(f"missing {their} (our {key})")
             continue
         used.add(their)
-        value = _CHANGES[change](state[their])
+        value = CHANGES[change](state[their])
         if value.shape != own[key].shape:
             problems.append(f"shape of {their}: {tuple(value.shape)}, our {key} has {tuple(own[key].shape)}")
             continue
@@ -202,28 +226,34 @@ def import_state(source: str, state: Mapping[str, Tensor], model: torch.nn.Modul
     model.load_state_dict(own)
 
 
-def import_public(source: str, file: Path, *, boxes: str | None = None) -> tuple[Detector, dict[str, Any]]:
+def import_public(
+    source: str, file: Path, *, boxes: str | None = None, part: str = "student"
+) -> tuple[nn.Module, dict[str, Any]]:
     """Model and record of a public file.
 
-    boxes: ``lwh`` (mmdetection3d 1.0 and later) or ``wlh`` (before), for LiDAR networks; None = guessed from the number of
-    pillar inputs. The record holds source, sha256 of the file, input convention and the parity options that were set.
+    boxes: ``lwh`` (mmdetection3d 1.0 and later) or ``wlh`` (before), for LiDAR networks in mmdetection3d's axes; None = guessed
+    from the number of pillar inputs. part: which network of a file that holds several. The record holds source, sha256 of the
+    file, input convention, the parity options that were set, and how many keys of other networks were left alone.
     """
-    if source not in SOURCES:
+    name = source if part == "student" else f"{source}:{part}"
+    if name not in SOURCES:
         known = ", ".join(f"{name} ({s.summary})" for name, s in SOURCES.items())
-        raise UsageError("no key map for this source", expected=known, found=source)
+        raise UsageError("no key map for this source", expected=known, found=name)
     state = read_public(file)
-    config = SOURCES[source].config(state)
+    config = SOURCES[name].config(state)
     if boxes is not None:
-        if not isinstance(config, LidarConfig) or boxes not in ("lwh", "wlh"):
-            raise UsageError("boxes is lwh or wlh, for LiDAR networks", found=boxes)
+        if not isinstance(config, LidarConfig) or config.convention == "bev" or boxes not in ("lwh", "wlh"):
+            raise UsageError("boxes is lwh or wlh, for LiDAR networks in mmdetection3d's axes", found=boxes)
         config = config.with_values(convention=f"mmdet3d_{boxes}")
     model = build_model(config, pretrained=False)
-    import_state(source, state, model)
+    import_state(name, state, model)
+    used = {theirs for theirs, _ in public_keys(name, model, state).values()}
     record = {
-        "imported_from": source,
+        "imported_from": name,
         "file_sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest(),
         "convention": getattr(config, "convention", "bev"),
         "parity": sorted(getattr(config, "parity", ())),
+        "keys_of_other_networks": len(set(state) - used),
         "map": None,  # its own scores, filled in by an evaluation
         "nds": None,
     }

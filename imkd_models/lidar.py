@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from imkd_data.errors import RecipeError
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import PointBatch
-from imkd_models.blocks import BasicBlock, PointNorm, SecondBackbone, StageNeck, cell_index, conv_norm_relu
+from imkd_models.blocks import BasicBlock, PointNorm, SecondBackbone, StageNeck, cell_index, conv_norm_relu, first_points
 from imkd_models.config import LidarConfig
-from imkd_models.convention import map_from_network, map_to_network, network_grid, points_to_network
+from imkd_models.convention import map_from_network, map_to_network, near_sensor, network_grid, points_to_network
 from imkd_models.pooling import pillar_max, pillar_mean
 
 __all__ = ["LidarStages", "PillarEncoder", "ResidualStages", "finer"]
@@ -47,7 +47,7 @@ class PillarEncoder(nn.Module):
             # In evaluation shapes stay static: points outside fall into one more pillar. The norm must not see them.
             features, cell = self._features(lidar, num, select=self.training or self.config.points_per_pillar > 0)
             if self.config.points_per_pillar:
-                features, cell = self._first_points(features, cell)
+                features, cell = first_points(features, cell, self.config.points_per_pillar)
             x = torch.relu(self.norm(self.linear(features)))
             canvas = pillar_max(x, cell, num + 1)[:-1]
             if self.config.points_per_pillar:
@@ -60,10 +60,7 @@ class PillarEncoder(nn.Module):
         xyz, age = lidar.xyz_m.float(), lidar.age_s.float()
         row, column, inside = cell_index(xyz[:, :2], grid)
         inside = inside & (xyz[:, 2] >= c.z_range_m[0]) & (xyz[:, 2] < c.z_range_m[1])
-        if c.near_removed_m:
-            x, y, _ = c.mount_m
-            sensor = xyz.new_tensor([x, y] if c.convention == "bev" else [-y, x])
-            inside = inside & ~((age > 0) & ((xyz[:, :2] - sensor).abs() < c.near_removed_m).all(-1))
+        inside = inside & ~near_sensor(lidar, c)
         intensity = torch.nan_to_num(lidar.column("intensity").float()) * c.intensity_scale
         values = torch.cat([torch.nan_to_num(xyz, 0, 0, 0), intensity[:, None], age[:, None]], dim=1)
         cell = torch.where(inside, (lidar.batch_index * grid.ny + row) * grid.nx + column, num)
@@ -82,16 +79,6 @@ class PillarEncoder(nn.Module):
         half, pillar = self.grid.cell_m * max(self.grid.nx, self.grid.ny) / 2, self.grid.cell_m / 2
         scale = [1 / half, 1 / half, 0.5, 1.0, 1.0, 1 / pillar, 1 / pillar, 1.0, 1 / pillar, 1 / pillar, 0.5]
         return like.new_tensor(scale[: like.shape[1]])
-
-    def _first_points(self, features: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-        order = cell.argsort(stable=True)
-        ordered = cell[order]
-        position = torch.arange(len(cell), device=cell.device)
-        begins = torch.ones_like(ordered, dtype=torch.bool)
-        begins[1:] = ordered[1:] != ordered[:-1]
-        start = torch.cummax(torch.where(begins, position, 0), 0).values if len(cell) else position
-        kept = order[position - start < self.config.points_per_pillar].sort().values
-        return features[kept], cell[kept]
 
     def _with_padding(self, canvas: Tensor, cell: Tensor, num: int) -> Tensor:
         """In the public code an empty slot is a zero row: norm(0) takes part in the maximum."""
@@ -148,7 +135,7 @@ class LidarStages(nn.Module):
         if config.encoder == "voxel":
             from imkd_models.voxel import VoxelEncoder
 
-            self.encoder: nn.Module = VoxelEncoder(config)
+            self.encoder: nn.Module = VoxelEncoder(config, grid)
             self.stages: nn.Module = SecondBackbone(
                 self.encoder.out_channels, config.widths[1:], config.layers[1:], (1, 2), momentum=config.norm_momentum
             )

@@ -102,6 +102,23 @@ def swin_t_config(**changes: Any) -> StudentConfig:
     return StudentConfig(name="swin_t", backbone="swin_tiny").with_values(**changes)
 
 
+def bevdepth_r50_config(**changes: Any) -> StudentConfig:
+    """BEVDepth, ResNet-50, 256x704, four keyframes, camera only: 77.6 M parameters."""
+    base = StudentConfig(
+        name="bevdepth_r50",
+        radar=False,
+        depth_net="camera_aware",
+        view="frustum",
+        depth_step_m=0.5,
+        depth_bins=112,
+        depth_channels=512,
+        fuser="none",
+        fused_channels=80,
+        time_fusion="concat",
+    )
+    return base.with_values(**changes)
+
+
 _TINY_STUDENT: dict[str, Any] = {
     "name": "tiny",
     "history": (0,),
@@ -231,6 +248,7 @@ _FUNCTIONS: tuple[Callable[..., ModelConfig], ...] = (
     crn_r101_config,
     convnext_b_config,
     swin_t_config,
+    bevdepth_r50_config,
     tiny_config,
     centerpoint_pillar_config,
     pillar_r34_config,
@@ -274,6 +292,11 @@ def convnext_b(**changes: Any) -> StudentDetector:
 def swin_t(**changes: Any) -> StudentDetector:
     """Module of ``swin_t_config``."""
     return StudentDetector(swin_t_config(**changes))
+
+
+def bevdepth_r50(**changes: Any) -> StudentDetector:
+    """Module of ``bevdepth_r50_config``."""
+    return StudentDetector(bevdepth_r50_config(**changes))
 
 
 def tiny(**changes: Any) -> StudentDetector:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from imkd_data.errors import UsageError
+from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import PointBatch
-from imkd_models.blocks import PointNorm, cell_index
+from imkd_models.blocks import PointNorm, cell_index, first_points
 from imkd_models.config import LidarConfig
+from imkd_models.convention import near_sensor
 from imkd_models.pooling import pillar_mean
 
 __all__ = ["VoxelEncoder"]
@@ -63,14 +65,15 @@ class _Convolution(nn.Module):
 
 
 class VoxelEncoder(nn.Module):
-    """Points -> (B, 256, Y, X) on the head grid. A voxel's input is the mean of x, y, z, intensity, age of its points."""
+    """Points -> (B, 256, Y, X) on the head grid. A voxel's input is the mean of x, y, z, intensity, age of its points.
 
-    def __init__(self, config: LidarConfig) -> None:
+    grid: of the voxels, in the network's own axes. ``points_per_pillar`` caps the points of a voxel (imported networks).
+    """
+
+    def __init__(self, config: LidarConfig, grid: BevGrid) -> None:
         super().__init__()
-        from imkd_models.lidar import finer
-
         sp = self.spconv = _spconv()
-        self.config, self.grid = config, finer(config.grid, config.pillars_per_cell)
+        self.config, self.grid = config, grid
         self.levels = round((config.z_range_m[1] - config.z_range_m[0]) / VOXEL_HEIGHT_M)
         widths = (16, 32, 64, 128)
         layers: list[nn.Module] = [_Convolution(sp.SubMConv3d(5, 16, 3, padding=1, bias=False, indice_key="in"), 16)]
@@ -92,9 +95,13 @@ class VoxelEncoder(nn.Module):
             level = torch.floor((xyz[:, 2] - low) / VOXEL_HEIGHT_M).long()
             inside = inside & (level >= 0) & (level < self.levels)
             intensity = lidar.column("intensity").float() * self.config.intensity_scale
-            values = torch.cat([xyz, intensity[:, None], lidar.age_s.float()[:, None]], dim=1)[inside]
+            values = torch.cat([xyz, intensity[:, None], lidar.age_s.float()[:, None]], dim=1)
+            inside = inside & ~near_sensor(lidar, self.config)
             flat = ((lidar.batch_index * self.levels + level) * grid.ny + row) * grid.nx + column
-            cells, voxel = torch.unique(flat[inside], return_inverse=True)
+            values, flat = values[inside], flat[inside]
+            if self.config.points_per_pillar:
+                values, flat = first_points(values, flat, self.config.points_per_pillar)
+            cells, voxel = torch.unique(flat, return_inverse=True)
             features = pillar_mean(values, voxel, len(cells))
         parts = []
         for size in (grid.nx, grid.ny, self.levels):
