@@ -88,7 +88,7 @@ def _resized_rows(pixels: NDArray[np.uint8], size: tuple[int, int], y0: int, y1:
     first = max(0, int(y0 * step - 2 * max(step, 1.0)) - 1)  # two steps is the reach of the bicubic kernel
     turned = torch.from_numpy(np.ascontiguousarray(pixels[first:][::-1])).permute(2, 0, 1)[None]
     scales = size[0] / full_h, size[1] / full_w
-    resized = torch.ops.aten._upsample_bicubic2d_aa(turned, [size[0] - y0, size[1]], False, *scales)
+    resized: Tensor = torch.ops.aten._upsample_bicubic2d_aa(turned, [size[0] - y0, size[1]], False, *scales)
     return resized[0].flip(1)[:, : y1 - y0]
 
 
