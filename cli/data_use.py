@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cli.options import common, dataroot_default
+from cli.options import common
 from cli.screen import Screen, bytes_text
 
 __all__ = ["COMMANDS"]
@@ -84,10 +84,10 @@ def inspect(
 @click.command()
 @click.argument("cache", type=PATH)
 @click.option("--to", "kind", required=True, metavar="KIND", help="webdataset, parquet, crn, bevdepth, bevfusion, mmdet3d.")
-@click.option("--out", type=PATH, required=True, help="A new or empty folder.")
-@click.option("--dataroot", type=PATH, help="Raw data, where the other format points to them.")
+@click.option("--out", type=PATH, required=True, help="A new or empty folder, or one that the same command began.")
+@click.option("--dataroot", type=PATH, help="Raw data: crn and bevdepth byte-equal; needed by bevfusion and mmdet3d.")
 @click.option("--split", help="Only this split.")
-@click.option("--select", "select", metavar="EXPR", help="Only samples that match.")
+@click.option("--select", "select", metavar="EXPR", help="Only samples that match, e.g. 'num_radar > 50'.")
 @click.option("--as-released", is_flag=True, help="Reproduce known defects of the released files.")
 @common
 def export(
@@ -100,40 +100,38 @@ def export(
     select: str | None,
     as_released: bool,
 ) -> None:
-    """Write the same rows in another form.
+    """Write the same rows in another form. The same command continues an interrupted export and verifies it.
 
     \b
     Examples:
       imkd-data export C --to webdataset --out W --split train
       imkd-data export C --to crn --out CRN --dataroot D
+      imkd-data export C --to parquet --out P --select "night and class_counts.car >= 3"
     """
     import numpy as np
 
-    from imkd_data import views
-    from imkd_data.cache import export as plain
     from imkd_data.cache.store import open_cache
     from imkd_data.errors import UsageError
+    from imkd_data.views import EXPORTS
 
-    exports: dict[str, Any] = dict(getattr(views, "EXPORTS", {}))
-    if kind not in ("webdataset", "parquet", *exports):
-        raise UsageError("unknown form", found=kind, expected=", ".join(["webdataset", "parquet", *exports]))
+    if kind not in EXPORTS:
+        raise UsageError("unknown form", found=kind, expected=", ".join(EXPORTS))
     opened = open_cache(cache)
     rows = opened.rows(split)
     if select:
         rows = np.intersect1d(rows, opened.select(select))
+    if not len(rows):
+        raise UsageError(
+            "no sample matches", found=select or split or "an empty cache", next="imkd-data inspect CACHE --select ..."
+        )
+    root = dataroot.expanduser() if dataroot else None
     with screen.progress(f"export {kind}", len(rows), "steps") as bar:
 
         def tell(done: int, total: int, text: str) -> None:
             bar.total = total
             bar.update(done, text)
 
-        if kind == "webdataset":
-            plain.export_webdataset(opened, out, rows, progress=tell)
-        elif kind == "parquet":
-            plain.export_parquet(opened, out, rows, progress=tell)
-        else:
-            root = dataroot_default(dataroot) if dataroot else None
-            exports[kind](opened, out, rows=rows, dataroot=root, as_released=as_released, progress=tell)
+        EXPORTS[kind](opened, out, rows=rows, dataroot=root, as_released=as_released, progress=tell)
     screen.say(f"{len(rows):,} samples written to {out}; the licence of the source data applies (NOTICE)")
     screen.emit("exported", to=kind, out=str(out), samples=len(rows))
 

@@ -1,4 +1,4 @@
-"""Plain exports of a cache: WebDataset tars with all fields of a sample together, and Parquet tables."""
+"""Plain exports of a cache: WebDataset tars with all fields of a sample together, and Parquet tables. Resumable, verified."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from imkd_data.cache.codecs import encode_tar
-from imkd_data.cache.commit import commit_bytes
+from imkd_data.cache.export_folder import ExportFolder
+from imkd_data.cache.manifest import suite_json
 from imkd_data.cache.store import Cache
 from imkd_data.errors import UsageError
+from imkd_data.recipe import canonical_json
 
 __all__ = ["export_parquet", "export_webdataset"]
 
@@ -30,41 +32,79 @@ def _npy(array: NDArray[Any]) -> bytes:
     return sink.getvalue()
 
 
-def empty_folder(out: Path) -> None:
-    """Make ``out``; UsageError where it holds something."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError("the output folder is not empty", file=str(out), next="choose another --out; nothing was changed")
-    out.mkdir(parents=True, exist_ok=True)
-
-
 def export_webdataset(
-    cache: Cache, out: Path, rows: Rows, *, fields: Sequence[str] | None = None, progress: Progress | None = None
+    cache: Cache,
+    out: Path,
+    rows: Rows,
+    *,
+    fields: Sequence[str] | None = None,
+    dataroot: Path | None = None,
+    as_released: bool = False,
+    progress: Progress | None = None,
 ) -> int:
     """One tar per shard, ``<split>-<shard>.tar``; per sample ``<token>.sample.json`` (index facts), ``<token>.<field>.npy`` for
-    arrays as stored, and the parts of blobs as stored. Returns the number of tars."""
-    empty_folder(out)
+    arrays as stored, and the parts of blobs as stored. ``fields.json`` says what the codes mean (shape, dtype, scale, offset,
+    columns, frame) and which sensors there are, so nothing of ours is needed to use them. ``dataroot`` is not needed.
+
+    Returns the number of files. Raises UsageError (a folder in use, ``as_released``), LockedError, StorageError.
+    """
+    _no_defects("webdataset", as_released)
     names = list(cache.fields) if fields is None else list(fields)
-    facts = [n for n in cache.index.column_names if "." not in n]
     by_shard: dict[int, list[int]] = {}
     for row in rows:
         by_shard.setdefault(int(row) // cache.recipe.rows_per_shard, []).append(int(row))
-    for done, (number, inside) in enumerate(sorted(by_shard.items())):
-        members: list[tuple[str, bytes]] = []
-        for row in inside:
-            token, line = cache.token(row), cache.line(row)
-            entry = {n: cache.index[n][line].as_py() for n in facts}
-            members.append((f"{token}.sample.json", json.dumps(_finite(entry), sort_keys=True).encode()))
-            for name in names:
-                if cache.fields[name].kind == "array":
-                    members.append((f"{token}.{name}.npy", _npy(cache.read(name, row))))
-                else:
-                    members += [(f"{token}.{part}", data) for part, data in cache.read_parts(name, row).items()]
-        data, _ = encode_tar(members)
-        commit_bytes(out / f"{cache.shards[number].split}-{number:05d}.tar", data)
-        if progress:
-            progress(done + 1, len(by_shard), f"shard {number:05d}")
-    (out / "NOTICE").write_bytes((cache.path / "NOTICE").read_bytes())
-    return len(by_shard)
+    with _folder(cache, out, "webdataset", rows, fields=names) as folder:
+        folder.put("fields.json", {"fields.json": canonical_json(_finite(_meaning(cache, names)))})
+        for done, (number, inside) in enumerate(sorted(by_shard.items())):
+            name = f"{cache.shards[number].split}-{number:05d}.tar"
+            if name not in folder.done:
+                folder.put(name, {name: encode_tar(_members(cache, inside, names))[0]})
+            if progress:
+                progress(done + 1, len(by_shard), f"shard {number:05d}")
+        return folder.finish({"samples": len(rows)})
+
+
+def _no_defects(kind: str, as_released: bool) -> None:
+    if as_released:
+        raise UsageError(
+            f"--as-released has no meaning for --to {kind}",
+            rule="export.released",
+            expected="crn, bevdepth, bevfusion, mmdet3d: forms of other programs, with known defects",
+        )
+
+
+def _folder(cache: Cache, out: Path, kind: str, rows: Rows, **more: Any) -> ExportFolder:
+    tokens = [cache.token(int(r)) for r in rows]
+    identity = {"kind": kind, "level": "stored", "cache": cache.id, "tokens": tokens, **more}
+    return ExportFolder(Path(out), identity, (cache.path / "NOTICE").read_bytes())
+
+
+def _meaning(cache: Cache, names: Sequence[str]) -> dict[str, Any]:
+    """What a reader without this program must know: the sensors, and of every field what is stored."""
+    fields: dict[str, Any] = {}
+    for name in names:
+        one = cache.fields[name]
+        entry: dict[str, Any] = {"kind": one.kind, "attributes": cache.attributes(name)}
+        if one.kind == "array" and one.shape is not None:
+            entry |= {"dtype": str(one.dtype), "shape": list(one.shape(cache.recipe, cache.suite))}
+        fields[name] = entry
+    return {"fields": fields, "sensors": suite_json(cache.suite), "recipe": cache.recipe.as_dict(), "cache": cache.id}
+
+
+def _members(cache: Cache, rows: Sequence[int], names: Sequence[str]) -> list[tuple[str, bytes]]:
+    facts = [n for n in cache.index.column_names if "." not in n]
+    members: list[tuple[str, bytes]] = []
+    for row in rows:
+        token, line = cache.token(row), cache.line(row)
+        entry = {n: cache.index[n][line].as_py() for n in facts}
+        entry["box_tokens"], entry["instance_tokens"] = cache.annotation_tokens(row)
+        members.append((f"{token}.sample.json", json.dumps(_finite(entry), sort_keys=True).encode()))
+        for name in names:
+            if cache.fields[name].kind == "array":
+                members.append((f"{token}.{name}.npy", _npy(cache.read(name, row))))
+            else:
+                members += [(f"{token}.{part}", data) for part, data in cache.read_parts(name, row).items()]
+    return members
 
 
 def _finite(value: Any) -> Any:
@@ -76,24 +116,37 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def export_parquet(cache: Cache, out: Path, rows: Rows, *, progress: Progress | None = None) -> int:
+def export_parquet(
+    cache: Cache,
+    out: Path,
+    rows: Rows,
+    *,
+    dataroot: Path | None = None,
+    as_released: bool = False,
+    progress: Progress | None = None,
+) -> int:
     """``samples.parquet`` (the index without storage columns) and, where there are boxes, ``boxes.parquet``: one line per box
-    in ``ego``, metres, radians; velocity NaN = unknown. Returns the number of samples."""
-    empty_folder(out)
+    in ``ego``, metres, radians; velocity NaN = unknown. ``dataroot`` is not needed. Returns the number of files.
+
+    Raises UsageError (a folder in use, ``as_released``), LockedError, StorageError.
+    """
+    _no_defects("parquet", as_released)
     lines = [cache.line(int(r)) for r in rows]
-    plain = [n for n in cache.index.column_names if "." not in n]
-    _write(cache.index.select(plain).take(pa.array(lines, pa.int64())), out / "samples.parquet")
-    if "boxes" in cache.fields:
-        columns: dict[str, list[Any]] = {}
-        for i, row in enumerate(rows):
-            for name, values in _box_columns(cache, int(row)).items():
-                columns.setdefault(name, []).append(values)
-            if progress:
-                progress(i + 1, len(rows), "boxes")
-        table = {n: np.concatenate(v) for n, v in columns.items()}
-        _write(pa.table(table), out / "boxes.parquet")
-    (out / "NOTICE").write_bytes((cache.path / "NOTICE").read_bytes())
-    return len(lines)
+    with _folder(cache, out, "parquet", rows) as folder:
+        if "samples" not in folder.done:
+            plain = [n for n in cache.index.column_names if "." not in n]
+            samples = cache.index.select(plain).take(pa.array(lines, pa.int64()))
+            folder.put("samples", {"samples.parquet": _parquet(samples)})
+        if "boxes" in cache.fields and "boxes" not in folder.done:
+            columns: dict[str, list[Any]] = {}
+            for i, row in enumerate(rows):
+                for name, values in _box_columns(cache, int(row)).items():
+                    columns.setdefault(name, []).append(values)
+                if progress:
+                    progress(i + 1, len(rows), "boxes")
+            table = pa.table({n: np.concatenate(v) for n, v in columns.items()})
+            folder.put("boxes", {"boxes.parquet": _parquet(table)})
+        return folder.finish({"samples": len(lines)})
 
 
 def _box_columns(cache: Cache, row: int) -> dict[str, NDArray[Any]]:
@@ -113,7 +166,7 @@ def _box_columns(cache: Cache, row: int) -> dict[str, NDArray[Any]]:
     return out
 
 
-def _write(table: pa.Table, path: Path) -> None:
+def _parquet(table: pa.Table) -> bytes:
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    commit_bytes(path, sink.getvalue())
+    return sink.getvalue()

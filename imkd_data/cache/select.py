@@ -226,7 +226,7 @@ class _Parser:
             raise UsageError(f"{name} is a list", expected=", ".join(inside), rule="select.type")
         known = [c for c in self.table.column_names if c != _LINE]
         near = difflib.get_close_matches(name, known, 3, 0.6)
-        details = {"next": f"did you mean {' or '.join(near)}?"} if near else {}
+        details: dict[str, Any] = {"next": f"did you mean {' or '.join(near)}?"} if near else {}
         heads = dict.fromkeys(c.split(".")[0] + (".NAME" if "." in c else "") for c in known)
         raise UsageError("unknown column", rule="select.column", found=name, expected=", ".join(heads), **details)
 

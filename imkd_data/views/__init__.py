@@ -32,7 +32,7 @@ def _lazy(module: str, name: str) -> Callable[..., int]:
     def export(*args: Any, **kwargs: Any) -> int:
         from importlib import import_module  # readers and pyarrow are not needed to open a view
 
-        done: int = getattr(import_module(f"imkd_data.views.{module}"), name)(*args, **kwargs)
+        done: int = getattr(import_module(f"imkd_data.{module}"), name)(*args, **kwargs)
         return done
 
     return export
@@ -40,10 +40,12 @@ def _lazy(module: str, name: str) -> Callable[..., int]:
 
 # export(cache, out, rows=..., dataroot=..., as_released=..., progress=...) -> number of files
 EXPORTS: Mapping[str, Callable[..., int]] = {
-    "crn": _lazy("export_crn", "export_crn"),
-    "bevdepth": _lazy("export_crn", "export_bevdepth"),
-    "bevfusion": _lazy("export_infos", "export_bevfusion"),
-    "mmdet3d": _lazy("export_infos", "export_mmdet3d"),
+    "crn": _lazy("views.export_crn", "export_crn"),
+    "bevdepth": _lazy("views.export_crn", "export_bevdepth"),
+    "bevfusion": _lazy("views.export_infos", "export_bevfusion"),
+    "mmdet3d": _lazy("views.export_infos", "export_mmdet3d"),
+    "webdataset": _lazy("cache.export", "export_webdataset"),
+    "parquet": _lazy("cache.export", "export_parquet"),
 }
 
 

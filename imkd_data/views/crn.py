@@ -69,16 +69,34 @@ class CrnView(View):
         size = self.cache.suite.image_hw_px
         return {name: uvd[in_image(uvd[:, :2], size)] for name, uvd in self.depth(row).items()}
 
+    def at_the_edge(self, row: int, radar: bool) -> dict[str, int]:
+        """How many stored points lie within half a stored step of a filter's edge, so that their originals may lie beyond it:
+        of ``depth_gt`` the border of the image (1/64 px), of ``radar_bev_filter`` the range (5 mm along each axis)."""
+        size, count = self.cache.suite.image_hw_px, 0
+        for uvd in self.depth(row).values():
+            uv = uvd[:, :2].astype(np.float64)
+            near = np.minimum(np.abs(uv - 1), np.abs(uv - (np.array(size[::-1]) - 1))).min(axis=1, initial=np.inf)
+            count += int((near <= 1 / 64).sum())
+        if not radar:
+            return {"depth_gt": count}
+        reach = np.linalg.norm(self._radar(row)[:, :2].astype(np.float64), axis=1)
+        near = np.minimum(np.abs(reach - 0.1), np.abs(reach - 100.0))
+        return {"depth_gt": count, "radar_bev_filter": int((near <= 0.005 * np.sqrt(3)).sum())}
+
     def radar_bev(self, row: int) -> F32:
         """(P, 7) in the LiDAR key frame, 0.1 m < range < 100 m."""
+        points = self._radar(row)
+        reach = np.linalg.norm(points[:, :2], axis=1)
+        near: F32 = points[(reach > 0.1) & (reach < 100.0)]
+        return near
+
+    def _radar(self, row: int) -> F32:
         cloud = radar_cloud(self.cache, row, sweeps=self.sweeps, keep=self.keep)
         lidar_from_ego = self.ego_from_lidar(row).inverse()
         xyz, velocity = lidar_from_ego.points(cloud.xyz_m), lidar_from_ego.vectors(cloud.comp_mps)[:, :2]
         xyz[:, :2] += velocity * cloud.age_s[:, None]
-        points = np.column_stack([xyz, cloud.columns["rcs"], velocity, cloud.sweep]).astype(np.float32)
-        reach = np.linalg.norm(points[:, :2], axis=1)
-        near: F32 = points[(reach > 0.1) & (reach < 100.0)]
-        return near
+        points: F32 = np.column_stack([xyz, cloud.columns["rcs"], velocity, cloud.sweep]).astype(np.float32)
+        return points
 
     def radar_pv(self, row: int, bev: F32) -> dict[str, F32]:
         """The same points in every image; velocities stay in LiDAR axes, as CRN uses their length only."""

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from imkd_data.cache.export_folder import ExportFolder
 from imkd_data.errors import UsageError
 from imkd_data.fields.radar import radar_filter_mask
 from imkd_data.readers.nuscenes import NuScenesReader, open_nuscenes
 from imkd_data.sample import Sample
 from imkd_data.views.crn import BevDepthView, CrnView
-from imkd_data.views.records import Records
+from imkd_data.views.records import Records, pickled
 from imkd_data.views.released import Cloud32, image_points, rotation_of, transform_of
-from imkd_data.views.writer import ExportFolder, pickled
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
@@ -242,14 +242,14 @@ def export_crn(
     level = "exact" if dataroot else "cache-only"
     tokens = [cache.token(int(r)) for r in rows]
     identity = {"kind": kind, "level": level, "as_released": as_released, "cache": cache.id, "tokens": tokens}
-    folder = ExportFolder(Path(out), identity, (cache.path / "NOTICE").read_bytes())
-    facts: dict[str, Any] = {"samples": len(tokens)}
-    if dataroot:
-        exact = CrnExact(raw_reader(cache, dataroot, _RADAR_SWEEPS), as_released)
-        _write_exact(cache, folder, rows, exact, radar, progress)
-    else:
-        facts |= _write_stored(cache, folder, rows, view, radar, progress)
-    return folder.finish(facts)
+    with ExportFolder(Path(out), identity, (cache.path / "NOTICE").read_bytes()) as folder:
+        facts: dict[str, Any] = {"samples": len(tokens)}
+        if dataroot:
+            exact = CrnExact(raw_reader(cache, dataroot, _RADAR_SWEEPS), as_released)
+            _write_exact(cache, folder, rows, exact, radar, progress)
+        else:
+            facts |= _write_stored(cache, folder, rows, view, radar, progress)
+        return folder.finish(facts)
 
 
 def export_bevdepth(cache: Cache, out: Path, **options: Any) -> int:
@@ -292,8 +292,11 @@ def _write_stored(
     cache: Cache, folder: ExportFolder, rows: Rows, view: CrnView, radar: bool, progress: Progress | None
 ) -> dict[str, Any]:
     infos: dict[str, list[dict[str, Any]]] = {}
+    edge = {"depth_gt": 0} | ({"radar_bev_filter": 0} if radar else {})
     for done, row in enumerate(map(int, rows)):
         info = view.info(row)
+        for name, count in view.at_the_edge(row, radar).items():
+            edge[name] += count
         if info["sample_token"] not in folder.done:
             files = {f"depth_gt/{_base(info, c)}.bin": t.tobytes() for c, t in view.depth_gt(row).items()}
             if radar:
@@ -306,7 +309,11 @@ def _write_stored(
         if progress:
             progress(done + 1, len(rows), info["scene_name"])
     folder.put("infos", _info_files(infos))
-    return {"depth_order": "ring, then column", "file_names": "sample token, channel, time"}
+    return {
+        "depth_order": "ring, then column",
+        "file_names": "sample token, channel, time",
+        "rows_within_a_step_of_a_filter_edge": edge,
+    }
 
 
 def _base(info: dict[str, Any], camera: str) -> str:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from imkd_data.cache.export_folder import ExportFolder
 from imkd_data.classes import CLASS_FROM_CATEGORY
 from imkd_data.errors import UsageError
 from imkd_data.sample import Sample
 from imkd_data.views.export_crn import raw_reader
 from imkd_data.views.lidar import RawView
-from imkd_data.views.records import Records
+from imkd_data.views.records import Records, pickled
 from imkd_data.views.released import rotation_of
-from imkd_data.views.writer import ExportFolder, pickled
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
@@ -147,25 +147,25 @@ def _export(
     wanted = {cache.token(int(r)) for r in rows}
     scenes = {cache.index["scene"][cache.line(int(r))].as_py() for r in rows}
     identity = {"kind": kind, "level": "exact", "as_released": as_released, "cache": cache.id, "tokens": sorted(wanted)}
-    folder = ExportFolder(Path(out), identity, (cache.path / "NOTICE").read_bytes())
-    infos: dict[str, list[dict[str, Any]]] = {}
-    done = 0
-    for scene in (s for s in reader.tables.scene_name if s in scenes):
-        for sample in reader.samples(scene):
-            if sample.token in wanted:
-                infos.setdefault(sample.split.removeprefix("mini_"), []).append(make.info(sample))
-                done += 1
-                if progress:
-                    progress(done, len(wanted), scene)
-    files = {}
-    for split, chosen in infos.items():
-        number = {info["token"]: i for i, info in enumerate(chosen)}
-        for info in chosen:
-            info["prev"] = number.get(info["prev_token"], -1)
-        name = f"nuscenes_infos_{split}_radar.pkl" if radar else f"nuscenes_infos_{split}.pkl"
-        files[name] = pickled({"infos": chosen, "metadata": {"version": cache.recipe.version}})
-    folder.put("infos", files)
-    return folder.finish({"samples": len(wanted)})
+    with ExportFolder(Path(out), identity, (cache.path / "NOTICE").read_bytes()) as folder:
+        infos: dict[str, list[dict[str, Any]]] = {}
+        done = 0
+        for scene in (s for s in reader.tables.scene_name if s in scenes):
+            for sample in reader.samples(scene):
+                if sample.token in wanted:
+                    infos.setdefault(sample.split.removeprefix("mini_"), []).append(make.info(sample))
+                    done += 1
+                    if progress:
+                        progress(done, len(wanted), scene)
+        files = {}
+        for split, chosen in infos.items():
+            number = {info["token"]: i for i, info in enumerate(chosen)}
+            for info in chosen:
+                info["prev"] = number.get(info["prev_token"], -1)
+            name = f"nuscenes_infos_{split}_radar.pkl" if radar else f"nuscenes_infos_{split}.pkl"
+            files[name] = pickled({"infos": chosen, "metadata": {"version": cache.recipe.version}})
+        folder.put("infos", files)
+        return folder.finish({"samples": len(wanted)})
 
 
 class _LidarReference(RawView):
