@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from imkd_data.errors import UsageError
+from imkd_data.errors import InterruptedBuildError, UsageError
 
 VERSIONS = {"v1.0-mini": ("mini_train", "mini_val"), "v1.0-trainval": ("train", "val"), "v1.0-test": ("test", None)}
 DEFAULT_VAL_SHARE = 0.2
@@ -73,6 +77,39 @@ def with_eta(tell: Progress) -> Progress:
     return report
 
 
+@contextlib.contextmanager
+def _stoppable(root: Path, scenes: int) -> Iterator[None]:
+    """SIGTERM and Ctrl-C end in an InterruptedBuildError that says what is kept; a second one ends at once."""
+    from imkd_data.world.write import finished_scenes
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        number = signal.Signals(received[0] if received else signal.SIGINT)
+        raise InterruptedBuildError(
+            f"stopped by {number.name}",
+            signal_code=128 + number,
+            kept=f"{finished_scenes(root)} of {scenes} scenes are whole",
+            file=str(root),
+            next="run the same command again; it continues where it stopped",
+        ) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_synth(
     *,
     out: str | Path,
@@ -94,26 +131,28 @@ def run_synth(
     ``image_size`` is (height, width) or text ``900x1600``; ``weather`` a sequence or text ``clear,rain,night``.
 
     Raises:
-        UsageError: options that cannot be meant. MismatchError: ``out`` holds something else.
+        UsageError: options that cannot be meant. MismatchError: ``out`` holds something else. InterruptedBuildError: stopped by
+            SIGTERM or Ctrl-C; the same call continues.
     """
     from imkd_data.world import write_world
 
     root = Path(out).expanduser()
-    write_world(
-        root,
-        version=version,
-        scenes=scenes,
-        keyframes=keyframes,
-        seed=seed,
-        image_hw_px=parse_size(image_size),
-        weather=tuple(weather.split(",")) if isinstance(weather, str) else tuple(weather),
-        materials=materials,
-        camera_sweeps=camera_sweeps,
-        workers=workers,
-        fault=fault,
-        scene_names=official_names(version, scenes, val_share),
-        progress=with_eta(progress) if progress else None,
-    )
+    with _stoppable(root, scenes):
+        write_world(
+            root,
+            version=version,
+            scenes=scenes,
+            keyframes=keyframes,
+            seed=seed,
+            image_hw_px=parse_size(image_size),
+            weather=tuple(weather.split(",")) if isinstance(weather, str) else tuple(weather),
+            materials=materials,
+            camera_sweeps=camera_sweeps,
+            workers=workers,
+            fault=fault,
+            scene_names=official_names(version, scenes, val_share),
+            progress=with_eta(progress) if progress else None,
+        )
     return root
 
 

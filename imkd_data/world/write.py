@@ -6,11 +6,13 @@ parts are there the 13 tables are put together. ``.synth/`` in the output holds 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 
@@ -25,6 +27,11 @@ STATE = ".synth"
 
 def _part_path(root: Path, index: int) -> Path:
     return root / STATE / f"scene-{index:04d}.json"
+
+
+def finished_scenes(root: Path) -> int:
+    """How many scenes of an unfinished world are whole."""
+    return len(list((root / STATE).glob("scene-*.json")))
 
 
 def write_scene(root: Path, options: WorldOptions, index: int) -> int:
@@ -133,6 +140,19 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes started here inherit that SIGINT is ignored: Ctrl-C is the parent's business, which stops them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _write_scenes(root: Path, options: WorldOptions, workers: int, progress: Progress | None) -> None:
     todo = [k for k in range(options.scenes) if not _part_path(root, k).is_file()]
     done = options.scenes - len(todo)
@@ -152,7 +172,8 @@ def _write_scenes(root: Path, options: WorldOptions, workers: int, progress: Pro
     # Fresh processes: a forked one could inherit locks of threads in the caller.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context, initializer=_end_with_parent) as pool:
-        pending = {pool.submit(write_scene, root, options, index) for index in todo}
+        with _interrupts_ignored():
+            pending = {pool.submit(write_scene, root, options, index) for index in todo}
         try:
             while pending:
                 finished, pending = wait(pending, return_when=FIRST_COMPLETED)
