@@ -57,24 +57,12 @@ class View:
         raise TypeError(f"{type(self).__name__} gives no sample")  # pragma: no cover  (subclasses do)
 
     def dataset(self, split: str | None = None, rows: Iterable[int] | None = None) -> Any:
-        """A torch Dataset of ``sample`` dicts over the rows of a split (default: all rows of the cache)."""
-        from torch.utils.data import Dataset
+        """A torch Dataset of ``sample`` dicts over the rows of a split, or over ``rows`` (default: all rows of the
+        cache). It can be pickled, so DataLoader workers may be forked or spawned."""
+        from imkd_data.views.dataset import ViewDataset
 
-        view = self
-
-        class ViewDataset(Dataset):  # type: ignore[misc]
-            """Map-style; NumPy arrays and lists, so a collate function of the model's own is needed."""
-
-            def __init__(self, rows: NDArray[np.int64]) -> None:
-                self.rows = rows
-
-            def __len__(self) -> int:
-                return len(self.rows)
-
-            def __getitem__(self, index: int) -> dict[str, Any]:
-                return view.sample(int(self.rows[index]))
-
-        return ViewDataset(np.asarray(view.cache.rows(split) if rows is None else list(rows), dtype=np.int64))
+        chosen = self.cache.rows(split) if rows is None else list(rows)
+        return ViewDataset(self, np.asarray(chosen, dtype=np.int64))
 
     # ---- frames ---------------------------------------------------------------------------------------------------------
 

@@ -33,28 +33,41 @@ def raw(record: dict, *keys: str) -> dict:
 
 
 def to_images(
-    nusc: NuScenes, sample: dict, points: np.ndarray, extra: np.ndarray | None, near: float, far: float
+    nusc: NuScenes, sample: dict, points: np.ndarray, extra: np.ndarray | None, near: float, far: float, border: float = 1.0
 ) -> dict[str, np.ndarray]:
-    """(4, N) float32 points in the LiDAR key frame -> {image base name: rows u, v, depth, *extra}."""
+    """(4, N) points in the LiDAR key frame -> {image base name: rows u, v, depth, *extra}, in the points' precision.
+
+    A translation is given in that precision: NumPy 1 adds a float64 number to a float32 cloud in float32, as the scripts were
+    written for; NumPy 2 would not.
+    """
     _, cal, pose = records(nusc, sample["data"]["LIDAR_TOP"])
     cloud = LidarPointCloud(points)
     for record in (cal, pose):
         cloud.rotate(Quaternion(record["rotation"]).rotation_matrix)
-        cloud.translate(np.array(record["translation"]))
+        cloud.translate(np.array(record["translation"], points.dtype))
     out = {}
     for name in CAMERAS:
         data, cal, pose = records(nusc, sample["data"][name])
         here = LidarPointCloud(cloud.points.copy())
         for record in (pose, cal):
-            here.translate(-np.array(record["translation"]))
+            here.translate(-np.array(record["translation"], points.dtype))
             here.rotate(Quaternion(record["rotation"]).rotation_matrix.T)
         depth = here.points[2]
         uv = view_points(here.points[:3], np.array(cal["camera_intrinsic"]), normalize=True)
         keep = (depth > near) & (depth < far)
-        keep &= (uv[0] > 1) & (uv[0] < data["width"] - 1) & (uv[1] > 1) & (uv[1] < data["height"] - 1)
+        for axis, size in ((0, data["width"]), (1, data["height"])):
+            keep &= (uv[axis] > border) & (uv[axis] < size - border)
         table = [uv[:2].T, depth[:, None]] + ([] if extra is None else [extra])
-        out[os.path.basename(data["filename"])] = np.concatenate(table, axis=1)[keep].astype(np.float32)
+        out[os.path.basename(data["filename"])] = np.concatenate(table, axis=1)[keep].astype(points.dtype)
     return out
+
+
+def exact_depth(nusc: NuScenes, sample: dict, border: float) -> dict[str, np.ndarray]:
+    """As ``depth_gt`` in double precision, rows u, v, depth in ring, then column order."""
+    data = nusc.get("sample_data", sample["data"]["LIDAR_TOP"])
+    scan = np.fromfile(os.path.join(nusc.dataroot, data["filename"]), dtype=np.float32).reshape(-1, 5).astype(np.float64)
+    scan = scan[np.argsort(scan[:, 4], kind="stable")]
+    return to_images(nusc, sample, scan[:, :4].T, None, 0.0, np.inf, border)
 
 
 def depth_gt(nusc: NuScenes, sample: dict) -> dict[str, np.ndarray]:
@@ -63,7 +76,7 @@ def depth_gt(nusc: NuScenes, sample: dict) -> dict[str, np.ndarray]:
     return to_images(nusc, sample, scan.T, None, 0.0, np.inf)
 
 
-def radar_bev(nusc: NuScenes, sample: dict, full_rotation: bool) -> np.ndarray:
+def radar_bev(nusc: NuScenes, sample: dict, full_rotation: bool, dtype: type = np.float32) -> np.ndarray:
     """(P, 7) in the LiDAR key frame. full_rotation False: as released, velocities skip the car's rotation."""
     lidar, lidar_cal, lidar_pose = records(nusc, sample["data"]["LIDAR_TOP"])
     to_lidar = [transform_matrix(r["translation"], Quaternion(r["rotation"]), inverse=True) for r in (lidar_cal, lidar_pose)]
@@ -92,7 +105,7 @@ def radar_bev(nusc: NuScenes, sample: dict, full_rotation: bool) -> np.ndarray:
             if data["prev"] == "":
                 break
             token = data["prev"]
-    rows = every[[0, 1, 2, 5, 8, 9, -1]].T.astype(np.float32)
+    rows = every[[0, 1, 2, 5, 8, 9, -1]].T.astype(dtype)
     reach = np.linalg.norm(rows[:, :2], axis=1)
     return rows[(reach > 0.1) & (reach < 100.0)]
 

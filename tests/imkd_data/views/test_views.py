@@ -179,13 +179,25 @@ def test_raw_view(cache: Any, row: int) -> None:
 
 
 def test_dataset_is_a_torch_dataset(cache: Any) -> None:
-    from torch.utils.data import DataLoader
+    from torch.utils.data import DataLoader, Dataset
 
     data = cache.view("crn").dataset("mini_val")
     assert len(data) == 3 and data[1]["token"] == cache.token(int(cache.rows("mini_val")[1]))
     tokens = [batch[0]["token"] for batch in DataLoader(data, batch_size=1, collate_fn=list)]
     assert tokens == [cache.token(int(r)) for r in cache.rows("mini_val")]
     assert len(cache.view("raw").dataset(rows=[int(cache.rows()[0])])) == 1
+    assert isinstance(data, Dataset)
+
+
+def test_dataset_in_spawned_workers(cache: Any) -> None:
+    """Spawned workers get the dataset by pickle and open the cache themselves."""
+    from torch.utils.data import DataLoader
+
+    data = cache.view("rcbevdet").dataset("mini_train")
+    loader = DataLoader(data, batch_size=1, num_workers=1, collate_fn=list, multiprocessing_context="spawn")
+    for mine, (theirs,) in zip(map(data.__getitem__, range(3)), loader, strict=True):
+        assert mine["token"] == theirs["token"]
+        np.testing.assert_array_equal(mine["radar"], theirs["radar"])
 
 
 def test_a_view_from_outside_is_a_value(cache: Any, row: int) -> None:
