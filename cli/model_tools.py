@@ -138,7 +138,7 @@ def bench() -> None:
 @click.option("--json", "as_json", is_flag=True)
 def bench_loader(cache: Path, dataroot: Path | None, seconds: float, batch_size: int, history: str, as_json: bool) -> None:
     """Samples per second of the stream against loaders of other kinds on the same data."""
-    from pipelines.bench import loader_table, run_loader_bench
+    from pipelines.bench_loader import loader_table, run_loader_bench
 
     offsets = tuple(int(v) for v in history.split(","))
     facts = run_loader_bench(cache, dataroot, seconds=seconds, batch_size=batch_size, history=offsets)
@@ -166,7 +166,7 @@ def bench_step(
 ) -> None:
     """Where a training step's time goes: image, radar, view, fusion, head, teachers, losses, backward."""
     from cli.model import resolve_run, teachers_from
-    from pipelines.bench import run_step_bench, step_table
+    from pipelines.bench_step import run_step_bench, step_table
 
     resolved = resolve_run(run, method=method, settings=settings)
     facts = run_step_bench(resolved, cache, teachers_from(teacher), steps=steps, accelerator=accelerator)

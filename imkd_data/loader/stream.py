@@ -1,24 +1,16 @@
 """``imkd_data.stream``: batches of a cache in an order that resumes anywhere, on any number of ranks and workers.
 
-A worker gets an epoch and a position and makes that batch; nothing else travels. Workers are spawned processes, hold no lock
-and no named shared memory, and open the cache's files themselves.
+What a batch is made of stands in ``work.py``, which also runs in the workers.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from imkd_data.errors import ImkdError, NoProgressError, StorageError, UsageError
 from imkd_data.fields.lidar import z_from_code
@@ -27,118 +19,15 @@ from imkd_data.loader.augment import IDENTITY, AugmentConfig
 from imkd_data.loader.batch import Batch
 from imkd_data.loader.deliver import Delivery
 from imkd_data.loader.order import Order, Shuffle, check_state, selection_hash
-from imkd_data.loader.read import Packed, SampleReader, pack
+from imkd_data.loader.read import SampleReader
 from imkd_data.loader.request import StreamRequest, available_parts, check_request, normalised_parts
 from imkd_data.loader.rows import TRAIN_SPLITS, check_no_scene_in_two_splits, read_rows, select_rows
+from imkd_data.loader.work import LOOK_EVERY_S, Batches, Key, Keys, Source, arrived, one_thread, started
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
 
 __all__ = ["Stream", "held_out_rows", "stream"]
-
-
-# One batch of work: epoch and the position of this rank's first sample.
-_Key = tuple[int, int]
-
-_LOOK_EVERY_S = 5.0  # between two looks at whether the workers live
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Source:
-    """Key -> packed batch. The only thing that is sent to a worker."""
-
-    reader: SampleReader
-    order: Order
-    batch_size: int
-
-    def _rows(self, key: _Key) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-        epoch, first = key
-        positions = np.arange(first, first + self.batch_size)
-        padding = positions >= len(self.order)  # only without drop_last: repeats of the last row that no metric counts
-        inside = np.minimum(positions, len(self.order) - 1)
-        return self.order.at(epoch, inside), inside, padding
-
-    def tokens(self, key: _Key) -> tuple[str, ...]:
-        """Tokens of a batch, for messages about work in flight."""
-        return tuple(self.reader.cache.token(int(r)) for r in self._rows(key)[0])
-
-    def packed(self, key: _Key) -> Packed:
-        rows, positions, padding = self._rows(key)
-        shape = self.reader.image_shape
-        images = None if shape is None else _buffer((len(rows), *shape))
-        samples = []
-        for i, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
-            into = None if images is None else images[i]
-            samples.append(self.reader.read(row, epoch=key[0], position=position, images=into))
-        out = pack(samples, [self.reader.cache.token(int(r)) for r in rows], images)
-        if padding.any():
-            out.tensors["padding"] = torch.from_numpy(padding)
-        return out
-
-
-def _buffer(shape: tuple[int, ...]) -> Tensor:
-    """Bytes for a batch's images, not initialised: in a worker memory that the trainer's process maps, so nothing is copied
-    on the way; else NumPy's, which asks for large pages."""
-    if torch.utils.data.get_worker_info() is None:
-        return torch.from_numpy(np.empty(shape, dtype=np.uint8))
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)  # type: ignore[call-overload, no-any-return]
-
-
-class _Batches(torch.utils.data.Dataset[Any]):
-    """Map-style view of a source for torch's DataLoader. Known errors travel as values: re-raising in the parent by
-    DataLoader would lose their details."""
-
-    def __init__(self, source: _Source) -> None:
-        self.source = source
-
-    def __getitem__(self, key: _Key) -> Packed | ImkdError:
-        try:
-            return self.source.packed(key)
-        except ImkdError as error:
-            return error
-
-
-class _Keys:
-    """A sampler over keys; torch asks samplers only for iteration."""
-
-    def __init__(self, keys: Callable[[], Iterator[_Key]]) -> None:
-        self.keys = keys
-
-    def __iter__(self) -> Iterator[_Key]:
-        return self.keys()
-
-
-def _one_thread(_: int) -> None:
-    """A worker is one core: neither torch nor the BLAS below NumPy starts threads of its own."""
-    torch.set_num_threads(1)
-    with contextlib.suppress(ImportError):
-        from threadpoolctl import threadpool_limits
-
-        threadpool_limits(1, user_api="blas")
-
-
-def _started(loader: torch.utils.data.DataLoader[Any]) -> Iterator[Packed | ImkdError]:
-    """The loader's workers, started without torch's SIGCHLD handler: it raises a worker's death at any line of the
-    caller's code, even inside a checkpoint's write. ``_arrived`` sees it within seconds at a place we choose."""
-    mine = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
-    before = signal.getsignal(signal.SIGCHLD) if mine else None
-    values = iter(loader)
-    if mine:
-        signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
-    return values
-
-
-def _arrived(values: Iterator[Packed | ImkdError], timeout_s: float) -> Packed | ImkdError:
-    """The next value. Every few seconds of waiting torch looks whether a worker is dead and raises; ``timeout_s`` bounds
-    the whole wait."""
-    until = time.monotonic() + timeout_s
-    while True:
-        try:
-            return next(values)
-        except RuntimeError as error:
-            if "timed out" not in str(error) or time.monotonic() >= until:
-                raise
 
 
 class Stream:
@@ -216,7 +105,7 @@ class Stream:
     def __iter__(self) -> Iterator[Batch]:
         epoch, start = self.epoch, self.consumed
 
-        def keys() -> Iterator[_Key]:
+        def keys() -> Iterator[Key]:
             for step in range(self._steps_from(start)):
                 yield epoch, start + (step * self.world + self.rank) * self.batch_size
 
@@ -232,7 +121,7 @@ class Stream:
             raise UsageError("an epoch takes whole global batches", expected=f"k * {self.global_batch}", found=str(per_epoch))
         start_epoch, start = self.epoch, self.consumed
 
-        def keys() -> Iterator[_Key]:
+        def keys() -> Iterator[Key]:
             epoch, at = start_epoch, start
             while True:
                 if at + self.global_batch > per_epoch:
@@ -246,34 +135,34 @@ class Stream:
             self.consumed += self.global_batch
             yield batch
 
-    def _delivered(self, keys: Callable[[], Iterator[_Key]]) -> Iterator[Batch]:
-        source = _Source(self.reader, self.order, self.batch_size)
+    def _delivered(self, keys: Callable[[], Iterator[Key]]) -> Iterator[Batch]:
+        source = Source(self.reader, self.order, self.batch_size)
         if self.workers == 0:
             for key in keys():
                 yield self.delivery.batch(source.packed(key), self.device)
             return
         loader = torch.utils.data.DataLoader(
-            _Batches(source),
+            Batches(source),
             batch_size=None,
-            sampler=_Keys(keys),  # type: ignore[arg-type]
+            sampler=Keys(keys),  # type: ignore[arg-type]
             num_workers=self.workers,
             multiprocessing_context="spawn",
             prefetch_factor=2,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_one_thread,
-            timeout=min(_LOOK_EVERY_S, self.timeout_s),
+            worker_init_fn=one_thread,
+            timeout=min(LOOK_EVERY_S, self.timeout_s),
         )
-        values = _started(loader)
+        values = started(loader)
         for key in keys():
             try:
-                value = _arrived(values, self.timeout_s)
+                value = arrived(values, self.timeout_s)
             except (RuntimeError, ConnectionError) as error:  # a worker killed while it hands over a tensor resets its socket
                 raise self._worker_error(error, source, key) from error
             if isinstance(value, ImkdError):
                 raise value
             yield self.delivery.batch(value, self.device)
 
-    def _worker_error(self, error: Exception, source: _Source, key: _Key) -> ImkdError:
+    def _worker_error(self, error: Exception, source: Source, key: Key) -> ImkdError:
         """A worker that died or hung: say what it was doing."""
         tokens = ", ".join(t[:12] for t in source.tokens(key))
         text = str(error)
