@@ -32,16 +32,17 @@ def _names(text: str | None) -> tuple[str, ...]:
 
 
 @click.command("distill")
-@click.option("--preset", default="tiny", show_default=True, help="smoke, tiny (CPU) or small (one GPU).")
+@click.option("--preset", default="tiny", show_default=True, help="smoke, tiny (CPU), small (one GPU) or nuscenes.")
 @click.option("--seeds", default="0..5", show_default=True)
 @click.option("--out", type=PATH, default=Path("bench/distill"), show_default=True, help="The same command continues it.")
 @click.option("--blocks", default="main", show_default=True, help="main,controls,ablations,defects.")
 @click.option("--methods", help="Only these methods, comma-separated.")
 @click.option("--rows", help="Only these rows and the twins they are compared with.")
-@click.option("--world", type=PATH, help="An existing synthetic tree instead of OUT/world.")
+@click.option("--world", type=PATH, help="An existing tree instead of OUT/world.")
 @click.option("--cache", type=PATH, help="Its cache instead of OUT/cache.")
 @click.option("--materials", default="class", show_default=True, type=click.Choice(["class", "independent"]))
 @click.option("--accelerator", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--devices", default=1, show_default=True, type=click.IntRange(min=1), help="Devices of every training.")
 @click.option("--engine", default="devkit", show_default=True, type=click.Choice(["devkit", "fast"]))
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Processes that write the world.")
 @click.option("--steps", "steps", multiple=True, metavar="NETWORK=N", help="lidar, label, fusion or student.")
@@ -62,6 +63,7 @@ def distill(
     cache: Path | None,
     materials: str,
     accelerator: str,
+    devices: int,
     engine: str,
     workers: int,
     steps: tuple[str, ...],
@@ -91,6 +93,7 @@ def distill(
         cache=cache,
         materials=materials,
         accelerator=accelerator,
+        devices=devices,
         engine=engine,
         workers=workers,
         steps={k: _whole(k, v) for k, v in parse_settings(steps).items()},

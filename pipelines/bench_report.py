@@ -173,6 +173,7 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
         "v": 1,
         "preset": scores[0]["preset"] if scores else None,
         "materials": scores[0]["materials"] if scores else None,
+        "cache": scores[0]["asked"]["cache"] if scores else None,
         "versions": scores[0]["versions"] if scores else {},
         "commands": json.loads((out / "commands.json").read_text()) if (out / "commands.json").is_file() else [],
         "admission": admission,
@@ -188,6 +189,8 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
                 "errors": {k: _number(v) for k, v in s["errors"].items()},
                 "map_by_range": [_number(r["map"]) for r in s["map_by_range"]],
                 "steps": s["steps"],
+                "identity": s["identity"][:16],
+                "weights_sha256": s["weights_sha256"][:16],
             }
             for runs in rows.values()
             for s in runs.values()
@@ -222,9 +225,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     out = [
         "# Distillation benchmark",
         "",
-        f"Preset `{report['preset']}`, synthetic world with `--materials {report['materials']}`; official nuScenes NDS and "
-        "mAP on its val scenes, in points. These figures come from a synthetic world: they compare methods, they say "
-        "nothing about scores on nuScenes.",
+        _where(report),
         "",
         "```",
         *report["commands"],
@@ -299,6 +300,16 @@ def markdown(report: Mapping[str, Any]) -> str:
         out += ["## Pull of the terms", "", "Gradient norm at `bev_fused` relative to the task's, at the end of training.", ""]
         out += _table(("row", "term", "share"), [(p["row"], p["term"], _show(p["share_of_task"], 3)) for p in report["pull"]])
     return "\n".join(out)
+
+
+def _where(report: Mapping[str, Any]) -> str:
+    if report["materials"] == "real":
+        return f"Preset `{report['preset']}`, cache `{report['cache']}`; official NDS and mAP on its val scenes, in points."
+    return (
+        f"Preset `{report['preset']}`, synthetic world with `--materials {report['materials']}`; official nuScenes NDS and mAP "
+        "on its val scenes, in points. These figures come from a synthetic world: they compare methods, they say nothing about "
+        "scores on nuScenes."
+    )
 
 
 def _text(value: Any) -> str:

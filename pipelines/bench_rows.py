@@ -17,8 +17,9 @@ BLOCKS = ("main", "controls", "ablations", "defects")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """World and budget. image_hw_px: size of the synthetic images. steps: optimiser steps by network; settings: ``--set``
-    values of every run. admission: refuse to run methods on a world and preset that do not pass."""
+    """World and budget. image_hw_px: size of the synthetic images. networks: run by network; steps: optimiser steps by
+    network, where absent the run's own epochs; settings: ``--set`` values of every run. admission: refuse to run methods on
+    a world and preset that do not pass. real: on a data set that the caller names."""
 
     name: str
     version: str = "v1.0-trainval"
@@ -30,6 +31,15 @@ class Preset:
     settings: Mapping[str, Any] = field(default_factory=dict)
     profile: str = "standard"
     admission: bool = True
+    real: bool = False
+    networks: Mapping[str, str] = field(
+        default_factory=lambda: {
+            "lidar": "tiny_teacher",
+            "label": "tiny_label",
+            "fusion": "tiny_fusion",
+            "student": "tiny_student",
+        }
+    )
 
 
 PRESETS: dict[str, Preset] = {
@@ -57,6 +67,13 @@ PRESETS: dict[str, Preset] = {
             image_hw_px=(450, 800),
             steps={"lidar": 6000, "label": 3000, "fusion": 6000, "student": 4000},
             settings={"batch_size": 8, "loader.workers": 8, "precision": "bf16-mixed"},
+        ),
+        # A holder's own nuScenes. Admission asks what a synthetic world is fit for; here the data are what they are.
+        Preset(
+            name="nuscenes",
+            admission=False,
+            real=True,
+            networks={"lidar": "pillar_r34", "label": "label", "fusion": "fusion_r50", "student": "crn_r50"},
         ),
     )
 }

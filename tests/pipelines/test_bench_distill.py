@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import pipelines.bench_cell as cell
 import pipelines.bench_distill as bench
 from imkd_data.errors import MismatchError, UsageError
 from imkd_models.distill import METHODS
@@ -25,10 +26,11 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
 
     def train(run: Any, cache: Any, out: Path, teachers: Any, **rest: Any) -> Any:
         calls["trained"].append((out.parent.name, out.parent.parent.name))
+        calls.setdefault("runs", {})[out.parent.parent.name if out.parent.name.startswith("seed") else out.parent.name] = run
         calls.setdefault("teachers", {})[out.parent.parent.name] = sorted(teachers)
         folder = out / "step-1.ckpt"
         folder.mkdir(parents=True)
-        (folder / "checkpoint.json").write_text(json.dumps({"weights_sha256": out.as_posix()}))
+        (folder / "checkpoint.json").write_text(json.dumps({"weights_sha256": out.as_posix(), "step": run.max_steps}))
         (out / "last.ckpt").symlink_to(folder.name)
         return SimpleNamespace(step=run.max_steps, losses={"det": 1.0})
 
@@ -38,10 +40,10 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         name = f"teacher_{name}" if folder.parent.name == "teachers" else name
         nds = calls["base"] + GAIN.get(name, 0.0) + seed / 10 + (seed % 2) * 0.05 * len(name)
         rings = [{"from_m": a, "to_m": a + 10.0, "map": 50.0 - a} for a in (0.0, 20.0, 30.0)]
-        return {"nds": nds, "map": nds / 2, "errors": dict.fromkeys(bench.ERRORS.values(), 0.5), "map_by_range": rings}
+        return {"nds": nds, "map": nds / 2, "errors": dict.fromkeys(cell.ERRORS.values(), 0.5), "map_by_range": rings}
 
     monkeypatch.setattr("pipelines.train.train", train)
-    monkeypatch.setattr(bench, "_score", score)
+    monkeypatch.setattr(cell, "_score", score)
     probe = {"share_of_task": {"l2r": 0.25}, "diagnostics": {}}
     monkeypatch.setattr("pipelines.bench_probe.probe_terms", lambda *a, **k: probe)
     monkeypatch.setattr(bench, "make_world", lambda *a: tmp_path)
@@ -151,6 +153,20 @@ def test_unknown_names_are_refused(fake: dict[str, Any]) -> None:
             _run(fake, **values)
 
 
+def test_a_holder_of_nuscenes_gets_full_size_runs_on_the_own_data(fake: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="data set you hold"):
+        _run(fake, preset="nuscenes", seeds=(0,), rows=("imkd",))
+    values: dict[str, Any] = {"preset": "nuscenes", "seeds": (0,), "rows": ("imkd",), "world": tmp_path, "cache": tmp_path}
+    report = _run(fake, **values, settings={"batch_size": 2})
+    names = {row: run.name for row, run in fake["runs"].items()}
+    assert names == {"lidar": "pillar_r34", "label": "label", **dict.fromkeys(("plain", "imkd", "imkd_twin"), "crn_r50")}
+    assert fake["runs"]["imkd"].epochs == 24 and fake["runs"]["imkd"].max_steps == 0
+    assert fake["runs"]["imkd"].batch_size == 2 and fake["runs"]["imkd"].method == "imkd"
+    assert report["materials"] == "real" and "synthetic" not in (fake["out"] / "results.md").read_text()
+    row = report["rows"][0]
+    assert report["cache"] == "cache" and len(row["identity"]) == 16 and row["weights_sha256"] and report["versions"]["imkd"]
+
+
 def test_chosen_rows_bring_their_twins() -> None:
     names = [r.name for r in rows_of(("main",), (), ("crkd+divide_by_batch",))]
     assert names == ["plain", "crkd_twin", "crkd", "crkd+divide_by_batch"]
@@ -164,3 +180,12 @@ def test_the_smoke_preset_runs_for_real_and_continues(tmp_path: Path) -> None:
     assert {r["method"] for r in first["rows"]} == {"teacher_lidar", "plain", "imkd_twin", "imkd"}
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("score.json")}
     assert bench.bench_distill(**values) == first and all(p.stat().st_mtime_ns == t for p, t in stamps.items())
+
+
+@pytest.mark.slow
+def test_several_devices_train_in_a_process_of_their_own(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"out": tmp_path, "preset": "smoke", "seeds": (0,), "rows": ("plain",), "accelerator": "cpu"}
+    report = bench.bench_distill(**values, devices=2)
+    assert [r["method"] for r in report["rows"]] == ["teacher_lidar", "plain"] and report["rows"][1]["steps"] == 2
+    log = (tmp_path / "runs" / "plain" / "seed0" / "train" / "log.jsonl").read_text()
+    assert len([line for line in log.splitlines() if '"loss"' in line]) == 2, "one rank writes the log"

@@ -1,0 +1,220 @@
+"""One run of the distillation benchmark: train or continue, score by the official metric, write ``score.json``."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from imkd_data.errors import MismatchError, StorageError
+from imkd_data.recipe import canonical_json
+from pipelines.bench_rows import Preset
+from pipelines.bench_world import write_json
+
+if TYPE_CHECKING:
+    from imkd_data.cache.store import Cache
+    from pipelines.run import Run
+
+__all__ = ["Bench", "train_and_score"]
+
+ERRORS = {"trans_err": "mATE", "scale_err": "mASE", "orient_err": "mAOE", "vel_err": "mAVE", "attr_err": "mAAE"}
+RINGS_M = ((0.0, 20.0), (20.0, 30.0), (30.0, 50.0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    out: Path
+    preset: Preset
+    world: Path
+    cache: Cache
+    accelerator: str
+    engine: Any
+    tell: Callable[[str], None]
+    steps: Mapping[str, int] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    materials: str = "class"
+    devices: int = 1
+
+    @property
+    def device(self) -> str:
+        """Where scores are computed."""
+        import torch
+
+        cuda = self.accelerator in ("auto", "cuda") and torch.cuda.is_available()
+        return "cuda" if cuda else "cpu"
+
+
+def train_and_score(
+    bench: Bench, folder: Path, run: Run, teachers: Mapping[str, Path], *, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    weights = {n: _weights_sha256(p) for n, p in teachers.items()}
+    asked = {"run": {**run.as_dict(), "summary": ""}, "cache": bench.cache.id, "teachers": weights}
+    identity = sha256(canonical_json(asked)).hexdigest()
+    done = folder / "score.json"
+    if done.is_file():
+        score: dict[str, Any] = json.loads(done.read_text())
+        if score["identity"] != identity:
+            raise MismatchError(
+                f"{facts['row']} seed {facts['seed']} was run with other settings, teachers or cache",
+                expected=identity[:16],
+                found=str(score["identity"])[:16],
+                file=str(done),
+                next="use another --out, or delete this run's folder",
+            )
+        return score
+    length = f"{run.max_steps} steps" if run.max_steps else f"{run.epochs} epochs"
+    bench.tell(f"{facts['row']} seed {facts['seed']}: training {length}")
+    cpu, started = time.process_time(), time.perf_counter()
+    _reset_peak()
+    losses = _train(bench, run, folder / "train", teachers)
+    cost = {
+        "train_seconds": round(time.perf_counter() - started, 2),
+        "cpu_seconds": round(time.process_time() - cpu, 2),
+        "seconds_per_step": _seconds_per_step(folder / "train", run.global_batch or run.batch_size),
+        "peak_mib": _peak_mib(),
+    }
+    checkpoint = folder / "train" / "last.ckpt"
+    score = {
+        "v": 1,
+        **facts,
+        "identity": identity,
+        "asked": asked,
+        "steps": json.loads((checkpoint / "checkpoint.json").read_text())["step"],
+        "losses": losses,
+        "weights_sha256": _weights_sha256(checkpoint),
+        "materials": bench.materials,
+        "preset": bench.preset.name,
+        "cost": cost,
+        "versions": _versions(),
+    }
+    if run.model.get("kind") != "label":
+        score |= _score(bench, checkpoint, folder)
+    if facts["kind"] in ("method", "control"):
+        from pipelines.bench_probe import probe_terms
+
+        score["probe"] = probe_terms(run, bench.cache, checkpoint, teachers, device=bench.device)
+    write_json(done, score)
+    return score
+
+
+def _train(bench: Bench, run: Run, out: Path, teachers: Mapping[str, Path]) -> dict[str, float]:
+    """Train or continue; the last logged losses. Several devices train in a process of their own: Fabric starts the other
+    ranks by repeating the command line, and this one has the benchmark's state."""
+    if bench.devices == 1:
+        from pipelines.train import train
+
+        done = train(
+            run,
+            bench.cache,
+            out,
+            dict(teachers),
+            resume="auto",
+            accelerator=bench.accelerator,
+            progress=lambda tick: bench.tell(tick.text()) if tick.step == tick.total else None,
+        )
+        return dict(done.losses)
+    config = out.parent / "run.json"
+    write_json(config, run.as_dict())
+    words = [sys.executable, "-m", "cli", "train", run.name, "--config", str(config), "--cache", str(bench.cache.path)]
+    words += ["--out", str(out), "--resume", "auto", "--devices", str(bench.devices), "--accelerator", bench.accelerator]
+    words += [w for name, path in teachers.items() for w in ("--teacher", f"{name}={path}")]
+    failed = subprocess.run(words, check=False).returncode
+    if failed:
+        raise StorageError(
+            f"training of {run.name} on {bench.devices} devices ended with exit code {failed}",
+            file=str(out),
+            next="its message stands above; the same command continues from the last checkpoint",
+        )
+    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    return {k: v for k, v in last.items() if k == "loss" or k.startswith(("det_", "depth"))}
+
+
+def _score(bench: Bench, checkpoint: Path, folder: Path) -> dict[str, Any]:
+    """Official metrics of the val rows, mAP by range ring, and the matches that the scene bootstrap reads."""
+    from pipelines.bench_statistics import SceneMatches
+    from pipelines.evaluate import ego_places, evaluate_checkpoint, read_tables, scored_rows
+    from pipelines.evaluate_fast import CONFIG, fast_metrics, filter_table, occurring_mean
+    from pipelines.evaluate_tables import truth_counts
+
+    out = folder / "eval"
+    bench.tell(f"{folder.parent.name} {folder.name}: scoring")
+    summary = evaluate_checkpoint(checkpoint, bench.cache, bench.world, out, bench.engine, device=bench.device, batch_size=2)
+    rows = scored_rows(bench.cache)
+    tables = read_tables(
+        out / "results.json",
+        bench.world,
+        bench.cache.recipe.version,
+        [bench.cache.token(int(r)) for r in rows],
+        ego_xy_m=ego_places(bench.cache, rows),
+        channel=bench.cache.recipe.reference_channel,
+    )
+    SceneMatches.from_tables(tables, _scene_numbers(bench.cache, rows)).save(folder / "matches.npz")
+    rings = []
+    for low, high in RINGS_M:
+        limit = {name: min(float(r), high) for name, r in CONFIG["class_range"].items()}
+        truth, found = (filter_table(t, limit, None, low) for t in (tables.truth, tables.found))
+        metrics, _ = fast_metrics(truth, found)
+        rings.append(100 * occurring_mean(metrics["mean_dist_aps"], truth_counts(truth))[0])
+    for heavy in ("results.json", "evaluation.npz", "metrics_details.json"):
+        (out / heavy).unlink(missing_ok=True)
+    return {
+        "nds": 100 * summary["nd_score"],
+        "map": 100 * summary["mean_ap"],
+        "errors": {ERRORS[k]: v for k, v in summary["tp_errors"].items()},
+        "map_occurring": 100 * summary["mAP_occurring"],
+        "ap": {k: 100 * v for k, v in summary["mean_dist_aps"].items()},
+        "map_by_range": [{"from_m": a, "to_m": b, "map": v} for (a, b), v in zip(RINGS_M, rings, strict=True)],
+        "samples": summary["num_samples"],
+        "engine": summary["engine"],
+    }
+
+
+def _scene_numbers(cache: Cache, rows: np.ndarray) -> np.ndarray:
+    scene = dict(zip(cache.index.column("row").to_pylist(), cache.index.column("scene").to_pylist(), strict=True))
+    names = [scene[int(r)] for r in rows]
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return np.array([number[n] for n in names], dtype=np.int64)
+
+
+def _weights_sha256(checkpoint: Path) -> str:
+    meta = json.loads((checkpoint / "checkpoint.json").read_text())
+    return str(meta["weights_sha256"])
+
+
+def _seconds_per_step(folder: Path, batch: int) -> float | None:
+    """Median of the logged step times, None where the log has none."""
+    log = folder / "log.jsonl"
+    lines = [json.loads(x) for x in log.read_text().splitlines() if x.strip()] if log.is_file() else []
+    times = [batch / line["samples_per_s"] for line in lines if line.get("samples_per_s")]
+    return round(float(np.median(times)), 4) if times else None
+
+
+def _reset_peak() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_mib() -> float:
+    """Peak GPU memory of this run, or peak resident memory of the process so far where there is no GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("imkd", "torch", "numpy", "nuscenes-devkit")}
