@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imkd_data.geometry import F64
-from imkd_data.kernels import raycast, render
+from imkd_data.kernels import render
 from imkd_data.world import rig as rigs
 from imkd_data.world.options import random_stream
 from imkd_data.world.road import CELL_M
@@ -125,9 +125,3 @@ def encode_jpeg(image: NDArray[np.uint8]) -> bytes:
     return bytes(
         simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="420")
     )
-
-
-def object_name(number: int) -> str:
-    """For messages: what an object number means."""
-    names = {raycast.GROUND: "ground", raycast.STATIC: "scenery", raycast.OWN_CAR: "own car", raycast.NOTHING: "nothing"}
-    return names.get(number, f"actor {number}")

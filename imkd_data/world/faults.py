@@ -6,6 +6,7 @@ scene (its LiDAR file, RADAR_FRONT, CAM_FRONT or table rows). F18 and F23 are in
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -22,7 +23,6 @@ from imkd_data.errors import UsageError
 from imkd_data.world import rig as rigs
 
 Row = dict[str, Any]
-_LIDAR_ROW = 5
 _CAMERA, _RADAR = "CAM_FRONT", "RADAR_FRONT"
 
 
@@ -69,8 +69,7 @@ class Target:
 def _cut(count: int | None) -> Callable[[Target], None]:
     def apply(target: Target) -> None:
         path = target.file(rigs.LIDAR)
-        data = path.read_bytes()
-        path.write_bytes(b"" if count is None else data[:-count])
+        path.write_bytes(b"" if count is None else path.read_bytes()[:-count])
 
     return apply
 
@@ -80,8 +79,8 @@ def _points(edit: Callable[[Any], Any]) -> Callable[[Target], None]:
 
     def apply(target: Target) -> None:
         path = target.file(rigs.LIDAR)
-        points = np.fromfile(path, np.float32).reshape(-1, _LIDAR_ROW)
-        path.write_bytes(np.asarray(edit(points), np.float32).tobytes())
+        points = edit(np.fromfile(path, np.float32).reshape(-1, 5))
+        path.write_bytes(np.asarray(points, np.float32).tobytes())
 
     return apply
 
@@ -186,8 +185,16 @@ def _bomb(_: bytes) -> bytes:
 
 
 def _flip(data: bytes) -> bytes:
-    at = len(data) // 2
-    return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
+    """One bit near the middle that changes pixels and is no error to the decoder: only a checksum can tell."""
+    import simplejpeg
+
+    sound = simplejpeg.decode_jpeg(data)
+    for at in range(len(data) // 2, len(data) - 2):
+        other = data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
+        with contextlib.suppress(ValueError):
+            if (simplejpeg.decode_jpeg(other) != sound).any():
+                return other
+    raise UsageError("no bit of this image can be turned unseen", next="choose a larger --image-size")
 
 
 def _missing(target: Target, kind: str) -> None:
@@ -326,7 +333,7 @@ FAULTS: dict[str, dict[str, Callable[[Target], None]]] = {
         "constant": _points(_intensity(lambda v: np.full_like(v, 17.0))),
     },
     "F07": {"away": _points(lambda p: p + np.array([900, 900, 0, 0, 0], np.float32))},
-    "F08": {"width": _scan(lambda h, b: (_header_value(_header_value(h, "WIDTH", 0), "POINTS", 0), b))},
+    "F08": {"width": _scan(lambda h, b: (_header_value(_header_value(h, "WIDTH", 0), "POINTS", 0), b[_count(h) * 43 :]))},
     "F09": {
         "first": _scan(_structured(_set("x", float("nan"), 0))),
         "later": _scan(_structured(_set("x", float("nan"), 3))),

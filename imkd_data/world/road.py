@@ -24,7 +24,6 @@ class Ground:
     """Raster of ground materials: cells (ny, nx) uint8, row = y, cell (0, 0) at the global origin, ``CELL_M`` cells."""
 
     cells: NDArray[np.uint8]
-    origin_m: tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -110,4 +109,4 @@ def make_ground(road: Road, surroundings: int) -> Ground:
     material = np.where(lines, MARKING, ASPHALT).astype(np.uint8).ravel()
     for sign in (-1.0, 1.0):
         paint(s.ravel(), sign * d.ravel(), material)
-    return Ground(cells=cells, origin_m=(0.0, 0.0))
+    return Ground(cells=cells)

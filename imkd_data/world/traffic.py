@@ -16,7 +16,7 @@ PARKING_M = 8.15
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Actor:
-    """One annotated thing. ``role``: moving, parked, standing, sitting, rider, no_rider or prop (no attribute)."""
+    """One annotated thing. ``role``: moving, parked, standing, rider, no_rider or prop (no attribute)."""
 
     category: str
     role: str

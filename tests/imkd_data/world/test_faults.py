@@ -83,6 +83,20 @@ def test_radar_header_faults(sound: Path, tmp_path: Path) -> None:
         assert (moved[name] == straight[name]).all()
 
 
+def test_flipped_bit_changes_pixels_without_an_error_and_an_empty_scan_is_followed_by_zeros(
+    sound: Path, tmp_path: Path
+) -> None:
+    import simplejpeg
+
+    path = damaged(sound, tmp_path / "a", "F15")
+    before, after = (sound / path.relative_to(tmp_path / "a" / "world")).read_bytes(), path.read_bytes()
+    assert sum(bin(a ^ b).count("1") for a, b in zip(before, after, strict=True)) == 1
+    assert (simplejpeg.decode_jpeg(before) != simplejpeg.decode_jpeg(after)).any()
+    scan = damaged(sound, tmp_path / "b", "F08").read_bytes()
+    header, body = scan.split(b"DATA binary\n", 1)
+    assert b"WIDTH 0\n" in header and b"POINTS 0\n" in header and len(body) > 3000 and not any(body)
+
+
 def test_unknown_faults_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     assert check("F06") == ("F06", "scaled") and check("F06.constant") == ("F06", "constant")
     for wrong in ("F99", "F27", "F06.purple", "x"):
