@@ -164,8 +164,8 @@ def bench(screen: Screen, cache: Path, against: str, seconds: float, workers: in
 @click.option("--keyframes", type=int, default=40, show_default=True, help="Per scene.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--image-size", default="900x1600", show_default=True, metavar="HxW")
-@click.option("--weather", default="clear", show_default=True, metavar="A,B", help="clear, rain, night.")
-@click.option("--materials", default="class", show_default=True, help="What decides the LiDAR intensity.")
+@click.option("--weather", default="clear", show_default=True, metavar="A,B", help="clear, rain, night, rain-night; by turns.")
+@click.option("--materials", default="class", show_default=True, help="class or independent: what decides reflectivity.")
 @click.option("--camera-sweeps", is_flag=True, help="Also images between keyframes.")
 @click.option("--val-share", type=float, help="Share of val scenes.")
 @click.option("--workers", type=int, default=1, show_default=True)
@@ -178,6 +178,9 @@ def synth(screen: Screen, out: Path, fault: str | None, image_size: str, scenes:
     Examples:
       imkd-data synth --out worlds/mini --scenes 3
       imkd-data synth --out worlds/broken --scenes 1 --fault F03
+
+    Stopped by Ctrl-C or SIGTERM, the same command continues. Every fifth scene and always the last is a val scene. A wrong
+    --fault lists all there are.
     """
     from pipelines.synth import run_synth
 
