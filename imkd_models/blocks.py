@@ -6,7 +6,9 @@ counts and public weights fit; all tensors are (B, C, Y, X).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ __all__ = [
     "ResNetTrunk",
     "SecondBackbone",
     "StageNeck",
+    "StepCounts",
     "cell_index",
     "conv_norm_relu",
     "count_per_rank",
@@ -218,16 +221,73 @@ def inverse44(matrix: Tensor) -> Tensor:
         return torch.linalg.inv(matrix.float())
 
 
-def count_per_rank(count: Tensor, at_least: float) -> Tensor:
-    """A loss's normaliser under distributed training: the total over ranks, at least ``at_least``, divided by the ranks.
+class StepCounts:
+    """Normalisers of one optimiser step of several micro-batches, so that their losses add up to that of the joined batch.
 
-    Each rank's sum over it, averaged over ranks, is the loss of the whole global batch, however uneven the ranks are.
+    ``with counts.gathering():`` around a loss adds its counts up (call after call of ``count_per_rank``) and changes nothing
+    else; ``with counts.given():`` makes the same calls return the gathered totals, shared out over the micro-batches. Counts
+    of truth alone are exact with any stand-in for the network's output.
     """
+
+    active: ClassVar[StepCounts | None] = None
+
+    def __init__(self) -> None:
+        self.totals: list[Tensor] = []
+        self.batches = 0
+        self.call = 0
+        self.giving = False
+
+    @contextmanager
+    def _used(self, giving: bool) -> Iterator[None]:
+        self.call, self.giving, before = 0, giving, StepCounts.active
+        StepCounts.active = self
+        try:
+            yield
+        finally:
+            StepCounts.active = before
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """One micro-batch's counts are added."""
+        with self._used(False):
+            yield
+        self.batches += 1
+
+    @contextmanager
+    def given(self) -> Iterator[None]:
+        """Counts are those of the whole step."""
+        with self._used(True):
+            yield
+
+    def step_count(self, count: Tensor) -> Tensor:
+        """The count of this call: its own while gathering, else the step's total."""
+        call, self.call = self.call, self.call + 1
+        if self.giving:
+            return self.totals[call]
+        if call == len(self.totals):
+            self.totals.append(torch.zeros_like(count))
+        self.totals[call] = self.totals[call] + count
+        return count
+
+
+def count_per_rank(count: Tensor, at_least: float) -> Tensor:
+    """A loss's normaliser: the total over ranks (and over the micro-batches of a step, see ``StepCounts``), at least
+    ``at_least``, divided by the number of ranks (and micro-batches).
+
+    Each one's sum over it, averaged over all of them, is the loss of the whole global batch, however uneven they are.
+    """
+    step = StepCounts.active
+    shares = 1
+    if step is not None:
+        count = step.step_count(count)
+        if not step.giving:
+            return count.clamp(min=at_least)
+        shares = step.batches
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         count = count.clone()
         torch.distributed.all_reduce(count)
-        return count.clamp(min=at_least) / torch.distributed.get_world_size()
-    return count.clamp(min=at_least)
+        shares *= torch.distributed.get_world_size()
+    return count.clamp(min=at_least) / shares
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:

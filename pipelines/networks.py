@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from imkd_data.errors import MismatchError, MissingFeatureError, UsageError
 from imkd_data.loader.batch import Batch
+from imkd_models.blocks import StepCounts
 from imkd_models.checkpoint import load_model, weights_hash
 from imkd_models.config import FusionConfig, LabelConfig, ModelConfig, StudentConfig
 from imkd_models.distill import FrozenTeacher, Method, check_needs, make_method
@@ -51,19 +53,39 @@ class Networks:
 class TrainUnit(nn.Module):
     """Network and distiller in one module, so that distributed training synchronises both; teachers stay outside.
 
-    ``forward(batch)`` -> weighted loss terms by log name.
+    ``forward(batch)`` -> weighted loss terms by log name. ``expect(batches)`` before the first of several micro-batches of
+    a step: detection and depth losses are then normalised by the counts of all of them, as in one large batch. Normalisers
+    of a distillation method stay those of a micro-batch, because some follow from network outputs.
     """
 
     def __init__(self, networks: Networks) -> None:
         super().__init__()
         self.model = networks.model
         self.distiller = networks.distiller
+        self._expected: tuple[Batch, ...] = ()
+        self._counts: StepCounts | None = None
         self._teachers = (networks.teachers,)  # a tuple: their weights are in no state dict, optimiser or DDP bucket
+
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """The micro-batches of the step that begins; one alone needs nothing."""
+        self._expected, self._counts = tuple(batches) if len(batches) > 1 else (), None
+
+    def _loss(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        loss: Any = self.model.loss
+        if self._expected:  # the counts need truth alone: the first outputs stand in for all
+            self._counts = StepCounts()
+            with torch.no_grad():
+                for each in self._expected:
+                    with self._counts.gathering():
+                        loss(outputs, each)
+            self._expected = ()
+        with nullcontext() if self._counts is None else self._counts.given():
+            return dict(loss(outputs, batch))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Terms of the detection loss and of the method."""
         outputs = self.model(batch)
-        terms: dict[str, Tensor] = dict(self.model.loss(outputs, batch))  # type: ignore[operator]
+        terms = self._loss(outputs, batch)
         if self.distiller is not None:
             theirs = {name: teacher(batch) for name, teacher in self._teachers[0].items()}
             terms.update(self.distiller(outputs, theirs, batch))

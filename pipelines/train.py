@@ -185,7 +185,7 @@ class _Trainer:
 
     def _set_up(self) -> tuple[Any, Any, Ema | None, int]:
         run = self.run
-        plain = TrainUnit(self.networks)
+        plain = self.plain = TrainUnit(self.networks)
         raw_optimiser = make_optimiser(plain.model, plain.distiller, run.optim)
         for teacher in self.networks.teachers.values():
             teacher.to(self.fabric.device)
@@ -230,8 +230,9 @@ class _Trainer:
         for group in optimiser.param_groups:
             group["lr"] = config.lr * factor * group["factor"]
         sums: dict[str, torch.Tensor] = {}
-        for micro in range(self.accumulate):
-            batch, pause, trouble = self._next(batches)
+        micros = [self._next(batches) for _ in range(self.accumulate)]
+        self.plain.expect([b for b, _, _ in micros if b is not None])
+        for micro, (batch, pause, trouble) in enumerate(micros):
             waited += pause
             last = micro == self.accumulate - 1
             quiet = nullcontext() if last or self.world == 1 else self.fabric.no_backward_sync(unit)
