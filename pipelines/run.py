@@ -11,11 +11,14 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imkd_data.errors import MismatchError, RecipeError, UsageError
 from imkd_data.loader.augment import AugmentConfig
 from imkd_data.recipe import canonical_json
+
+if TYPE_CHECKING:
+    from imkd_models.distill.base import Method
 
 __all__ = ["LoaderConfig", "OptimConfig", "Run", "check_resumable", "parse_settings"]
 
@@ -67,7 +70,8 @@ class LoaderConfig:
 class Run:
     """One training run.
 
-    model: configuration of the network (``kind`` student | lidar | label | fusion). method, options: distillation.
+    model: configuration of the network (``kind`` student | lidar | label | fusion). method, options: distillation, by name or
+    as a ``Method`` of your own; the JSON form keeps its name, so resuming such a run needs the value again.
     batch_size: samples per device and step; global_batch: samples per optimiser step over all devices (0 = batch_size
     times devices; the difference is made up by accumulation). epochs or max_steps end the run (max_steps wins when set).
     validate_every: steps between validations by the official metric, 0 = never. checkpoint_every: steps, 0 = at the end
@@ -78,7 +82,7 @@ class Run:
     name: str
     summary: str = ""
     model: Mapping[str, Any] = field(default_factory=dict)
-    method: str | None = None
+    method: str | Method | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     epochs: int = 24
@@ -111,6 +115,7 @@ class Run:
     def as_dict(self) -> dict[str, Any]:
         """JSON form; ``from_dict`` reads it back."""
         out = {f.name: getattr(self, f.name) for f in fields(self)}
+        out["method"] = None if self.method is None else str(self.method)
         out["optim"] = asdict(self.optim)
         out["loader"] = {**asdict(self.loader), "augment": self.loader.augment.as_dict()}
         out["stages"] = [s.as_dict() for s in self.stages]
@@ -138,8 +143,9 @@ class Run:
         """A changed copy."""
         return replace(self, **changes)
 
-    def with_method(self, method: str) -> Run:
-        """The run with a distillation method ("none" for none); in a run of several stages, its students' method."""
+    def with_method(self, method: str | Method) -> Run:
+        """The run with a distillation method, a name or a value of your own ("none" for none); in a run of several stages,
+        its students' method."""
         if self.stages:
             stages = tuple(s.with_method(method) if s.model.get("kind") == "student" else s for s in self.stages)
             return replace(self, stages=stages)

@@ -327,7 +327,7 @@ class _Trainer:
         meta = {
             "name": self.top if self.top == self.run.name else f"{self.top}/{self.run.name}",
             "run": self._config(),
-            "method": self.run.method,
+            "method": self.run.as_dict()["method"],
             "options": self.networks.options,
             "model": self.networks.config.as_dict(),
             "networks": {n: m.config.as_dict() for n, m in self.networks.kept.items()},  # type: ignore[union-attr,operator]

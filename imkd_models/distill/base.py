@@ -343,6 +343,9 @@ class Method:
     prepare: Callable[[Any, Any, Mapping[str, FrozenTeacher]], list[str]] | None = None
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return self.name
+
     @property
     def student_changes(self) -> dict[str, Any]:
         """Changes under default options."""

@@ -73,12 +73,14 @@ def _merged(changes: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     return out
 
 
-def make_method(spec: str, methods: Mapping[str, Method] | None = None) -> Method:
-    """The method of that name, or the union of several joined by ``+``.
+def make_method(spec: str | Method, methods: Mapping[str, Method] | None = None) -> Method:
+    """The method of that name, or the union of several joined by ``+``; a method of your own is given as it is.
 
     Raises:
         RecipeError: an unknown name, listing the known ones.
     """
+    if isinstance(spec, Method):
+        return spec
     if methods is None:
         from imkd_models.distill import METHODS as methods  # the list imports this module
     names = [n.strip() for n in spec.split("+")]

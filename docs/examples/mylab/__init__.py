@@ -1,0 +1,1 @@
+"""A package of somebody else: one field, view, method, run and reader, handed to imkd as values."""
