@@ -128,6 +128,7 @@ def resolve_run(
 @click.option("--accelerator", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--global-batch", type=click.IntRange(min=1), help="Samples per optimiser step over all devices.")
 @click.option("--memory-limit", metavar="SIZE", help="Refuse to use more GPU memory than this, e.g. 22GiB.")
+@click.option("--on-bad-sample", type=click.Choice(["stop", "skip"]), help="Damaged sample: stop (default), or take the next.")
 @click.option("--plan", is_flag=True, help="Print the resolved run, its cost and a forecast; train nothing.")
 @click.option("--dataroot", type=PATH, help="nuScenes tree, for validation by the official metric (validate_every).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
@@ -146,6 +147,7 @@ def train(
     accelerator: str,
     global_batch: int | None,
     memory_limit: str | None,
+    on_bad_sample: str | None,
     plan: bool,
     dataroot: Path | None,
     as_json: bool,
@@ -154,6 +156,8 @@ def train(
     """Train RUN (see `imkd runs`) on a cache. Writes OUT/last.ckpt, or OUT/<stage>/last.ckpt for runs of several networks."""
     from imkd_data.errors import UsageError
 
+    if on_bad_sample is not None:
+        settings = (*settings, f"loader.on_bad_sample={on_bad_sample}")
     resolved = resolve_run(run, config=config, method=method, settings=settings, max_steps=max_steps, global_batch=global_batch)
     teachers = teachers_from(teacher)
     if plan:
@@ -192,6 +196,7 @@ def train(
                 "step": result.step,
                 "losses": result.losses,
                 "seconds": round(result.seconds, 3),
+                "skipped": result.skipped,
                 "checkpoints": {k: str(v) for k, v in made.items()},
             }
         )
@@ -270,7 +275,7 @@ def predict(
 @click.option("--json", "as_json", is_flag=True, help="One object a line.")
 @click.pass_context
 def runs(ctx: click.Context, as_json: bool) -> None:
-    """The runs by name, with counted parameters and multiply-adds."""
+    """The runs by name: counted parameters, multiply-adds and float32 activation memory of one training sample."""
     if ctx.invoked_subcommand is not None:
         return
     from pipelines.counting import counted
@@ -283,7 +288,9 @@ def runs(ctx: click.Context, as_json: bool) -> None:
             out_json({"v": 1, "name": name, "summary": run.summary, "method": run.method, **facts})
         else:
             macs = "" if facts["macs"] is None else f"{facts['macs'] / 1e9:10.1f} GMAC"
-            click.echo(f"{name:<20}{facts['parameters'] / 1e6:8.2f} M{macs}  {run.summary}")
+            count = f"{'':>8}  " if facts["parameters"] is None else f"{facts['parameters'] / 1e6:8.2f} M"
+            memory = f"{'':>19}" if facts["sample_bytes"] is None else f"{facts['sample_bytes'] / 2**30:8.2f} GiB/sample"
+            click.echo(f"{name:<20}{count}{macs or ' ' * 15}{memory}  {run.summary}")
 
 
 @runs.command("show")

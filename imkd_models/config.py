@@ -56,7 +56,8 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> ModelConfig:
         """From the JSON form; an unknown or missing key is a RecipeError naming it."""
-        value = {k: v for k, v in value.items() if k != "kind"}
+        # Older checkpoints hold radar_drop; it is part of the loader's augmentation now and never worked at inference.
+        value = {k: v for k, v in value.items() if k not in ("kind", "radar_drop")}
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(value) - known)
         if unknown:
@@ -138,7 +139,6 @@ class StudentConfig(ModelConfig):
     radar_head_channels: int = 192
     radar_states: bool = False
     norm_momentum: float = 0.01  # of mmdetection3d's parts (necks, radar encoder); short runs need 0.1
-    radar_drop: float = 0.0
     calibration: bool = False
     calibration_init: str = "kaiming"
     # fusion

@@ -142,8 +142,6 @@ class PerspectiveRadarEncoder(nn.Module):
         c, parity, views = self.config, self.config.parity, pose44.shape[1]
         points = at_key_time(radar, slot)
         use, sample = points["use"], points["sample"]
-        if self.training and c.radar_drop:
-            use = use & (torch.rand_like(points["age"]) >= c.radar_drop)
         camera44 = inverse44(pose44)[sample]  # (N, V, 4, 4)
         xyz = torch.einsum("nvij,nj->nvi", camera44[..., :3, :3], points["xyz"]) + camera44[..., :3, 3]
         uvw = torch.einsum("nvij,nvj->nvi", image33.float()[sample], xyz)

@@ -1,7 +1,9 @@
-"""Counted, not estimated: parameters of a run's network by module, and its multiply-adds for one sample.
+"""Counted, not estimated: parameters of a run's network by module, its multiply-adds and its memory for one sample.
 
 Multiply-adds: a forward pass at batch 1 in which convolutions and matrix products are replaced by zeros of their shape and
-counted, so a large network counts in seconds on a CPU. Point-wise work is not counted; point clouds are empty.
+counted, so a large network counts in seconds on a CPU. Point-wise work is not counted; point clouds are empty. Memory: float32
+bytes of everything that the same pass in training keeps for its backward pass, parameters left out; mixed precision needs
+about half, checkpointed stages only their inputs.
 """
 
 from __future__ import annotations
@@ -14,15 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from imkd_data.errors import UsageError
 from imkd_data.loader.batch import Batch, PointBatch
 from imkd_data.recipe import canonical_json
 from imkd_models.config import FusionConfig, LabelConfig, ModelConfig, StudentConfig
 from imkd_models.presets import build_model, config_from_dict
 from pipelines.run import Run
 
-__all__ = ["blank_batch", "count_macs", "counted", "resolved_config", "write_table"]
+__all__ = ["blank_batch", "count_cost", "counted", "resolved_config", "write_table"]
 
 _TABLE = Path(__file__).with_name("macs.json")
 
@@ -42,22 +46,33 @@ def counted(run: Run, *, macs: bool = True) -> dict[str, Any]:
     """parameters (total), modules (name -> parameters, they add up to the total), macs (None where not counted)."""
     if run.stages:
         parts = {s.name: counted(s, macs=macs) for s in run.stages}
-        known = [p["macs"] for p in parts.values()]
+
+        def total(name: str) -> int | None:
+            known = [p[name] for p in parts.values()]
+            return sum(known) if all(k is not None for k in known) else None
+
+        most = [p["sample_bytes"] for p in parts.values() if p["sample_bytes"] is not None]
         return {
-            "parameters": sum(p["parameters"] for p in parts.values()),
+            "parameters": total("parameters"),
             "modules": {n: p["parameters"] for n, p in parts.items()},
-            "macs": sum(known) if all(k is not None for k in known) else None,
+            "macs": total("macs"),
+            "sample_bytes": max(most, default=None),  # stages run one after the other
         }
     config = resolved_config(run)
-    with torch.device("meta"):
-        model = build_model(config, pretrained=False)
+    try:
+        with torch.device("meta"):
+            model = build_model(config, pretrained=False)
+    except UsageError:  # the voxel teacher without spconv
+        return {"parameters": None, "modules": {}, "macs": None, "sample_bytes": None}
     modules = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
     own = sum(p.numel() for p in model.parameters(recurse=False))
     modules = {k: v for k, v in {**modules, "own": own}.items() if v}
+    cost = _known_cost(config) if macs else None
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "modules": modules,
-        "macs": _known_macs(config) if macs else None,
+        "macs": None if cost is None else cost[0],
+        "sample_bytes": None if cost is None else cost[1],
     }
 
 
@@ -80,26 +95,29 @@ def _departures(config: ModelConfig) -> dict[str, Any]:
     return out
 
 
-def _known_macs(config: ModelConfig) -> int | None:
+def _known_cost(config: ModelConfig) -> tuple[int, int] | None:
     """From ``macs.json``, which a test recounts; counted now (up to half a minute) where the configuration is not in it."""
     table = json.loads(_TABLE.read_text()) if _TABLE.is_file() else {}
     key = macs_key(config)
-    return int(table[key]) if key in table else count_macs(config)
+    return (int(table[key][0]), int(table[key][1])) if key in table else count_cost(config)
 
 
 def write_table() -> None:
     """Count every named run anew and write ``macs.json``: ``python -m pipelines.counting``."""
     from pipelines.runs import RUNS
 
-    table: dict[str, int] = {}
+    table: dict[str, list[int]] = {}
     for make in RUNS.values():
         run = make()
         for one in run.stages or (run,):
             config = resolved_config(one)
-            macs = count_macs(config)
-            if macs is not None:
-                table[macs_key(config)] = macs
-    _TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+            try:
+                cost = count_cost(config)
+            except UsageError:  # the voxel teacher without spconv
+                continue
+            if cost is not None:
+                table[macs_key(config)] = list(cost)
+    _TABLE.write_text(json.dumps(table, sort_keys=True).replace("], ", "],\n ") + "\n")
 
 
 def blank_batch(config: ModelConfig, *, batch_size: int = 1, views: int = 6) -> Batch:
@@ -168,17 +186,37 @@ class _MacCounter(TorchDispatchMode):
         return zeros
 
 
-@torch.no_grad()
-def count_macs(config: ModelConfig) -> int | None:
-    """Multiply-adds of one forward pass at batch 1 with six cameras; None for a label encoder (it reads boxes alone)."""
+class _Kept:
+    """Bytes of the distinct storages that autograd saves; they are let go at once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.bytes = 0
+        self.known = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.seen: list[StorageWeakRef] = []  # keeps their addresses from being used again
+
+    def pack(self, tensor: Tensor) -> Any:
+        """Hook of ``saved_tensors_hooks``: nothing is kept."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.seen.append(StorageWeakRef(storage))
+            self.bytes += storage.nbytes()
+
+
+def _nothing(_: Any) -> Tensor:
+    raise RuntimeError("a counted pass has no backward pass")
+
+
+def count_cost(config: ModelConfig) -> tuple[int, int] | None:
+    """Multiply-adds of one forward pass at batch 1 with six cameras, and bytes it keeps for the backward pass; None for a
+    label encoder (it reads boxes alone)."""
     if isinstance(config, LabelConfig):
         return None
-    model: nn.Module = build_model(config, pretrained=False).eval()
-    batch = blank_batch(config)
-    counter = _MacCounter()
-    with counter:
+    model: nn.Module = build_model(config, pretrained=False).train()
+    batch, counter, kept = blank_batch(config), _MacCounter(), _Kept(model)
+    with counter, torch.autograd.graph.saved_tensors_hooks(kept.pack, _nothing):
         model(batch)
-    return counter.macs
+    return counter.macs, kept.bytes
 
 
 if __name__ == "__main__":

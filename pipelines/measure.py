@@ -17,6 +17,7 @@ from pipelines.machine import Machine, make_fabric
 from pipelines.networks import Networks, TrainUnit, build_networks, stream_values, use_cached_teachers
 from pipelines.optimise import Ema, make_optimiser
 from pipelines.run import Run
+from pipelines.sampling import virtual_rows
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
@@ -51,11 +52,12 @@ class StepCost:
         return self.batch_size / self.step_s
 
 
-def loader_values(run: Run, networks: Networks) -> dict[str, Any]:
+def loader_values(run: Run, networks: Networks, cache: Cache | None = None) -> dict[str, Any]:
     """Arguments of ``stream`` for a run: what the networks need and what the loader section says."""
     loader = run.loader
+    listed = cache is not None and loader.sampling != "uniform"
     return {
-        "split": loader.split,
+        **({"rows": virtual_rows(cache, loader, run.seed)} if listed else {"split": loader.split}),  # type: ignore[arg-type]
         "augment": loader.augment,
         "seed": run.seed,
         "shuffle": loader.shuffle,
@@ -64,6 +66,7 @@ def loader_values(run: Run, networks: Networks) -> dict[str, Any]:
         "radar_sweeps": loader.radar_sweeps,
         "lidar_sweeps": loader.lidar_sweeps,
         "intensity_from": loader.intensity_from,
+        "on_bad_sample": loader.on_bad_sample,
         "drop_last": False,  # epochs end at whole optimiser steps, see Stream.forever
         **stream_values(networks),
     }
@@ -94,7 +97,7 @@ def measure_steps(
     unit, optimiser = fabric.setup(plain, make_optimiser(plain.model, plain.distiller, run.optim))
     unit.train()
     ema = Ema(plain.model, run.optim.ema) if run.optim.ema else None
-    source = stream(cache, run.batch_size, device=fabric.device, **loader_values(run, networks))
+    source = stream(cache, run.batch_size, device=fabric.device, **loader_values(run, networks, cache))
     begun = time.perf_counter()
     batches = source.forever(len(source.order) // run.batch_size * run.batch_size)
     batch = next(batches)

@@ -314,6 +314,7 @@ def _identity(facts: Sequence[RunFacts], cache: Cache | None) -> str:
         values = {"folder": f.folder.name, "evaluation": f.scores.get("checkpoint"), "scored cache": f.scores.get("cache")}
         values |= {k: f.meta.get(k) for k in ("name", "method", "step", "weights_sha256", "software", "command")}
         rows += [[f"{f.name}: {k}", _short(v)] for k, v in values.items() if v not in (None, "", {})]
+        rows += [[f"{f.name}: warning", str(line)] for line in f.meta.get("warnings") or ()]
         run = f.meta.get("run")
         if isinstance(run, Mapping):
             rows.append([f"{f.name}: settings", _short({k: v for k, v in run.items() if k not in ("model", "stages")}, 1200)])

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["LoaderConfig", "OptimConfig", "Run", "check_resumable", "parse_settings"]
 
 SCHEDULES = ("constant", "step", "cosine", "one_cycle")
+SAMPLINGS = ("uniform", "cbgs")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-COUNTED = ("parameters", "modules", "macs")  # `imkd runs show` adds them; reading a configuration ignores them
+COUNTED = ("parameters", "modules", "macs", "sample_bytes")  # `imkd runs show` adds them; reading a configuration ignores them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,11 @@ class OptimConfig:
 class LoaderConfig:
     """What the stream delivers. split: rows to train on. radar_filter: none | devkit | crn. *_sweeps: newest scans used,
     0 = all stored. intensity_from: source of a moved ``lidar_intensity``: planes | view. cached_teachers: read the maps
-    that `imkd cache-teacher` stored instead of running the LiDAR teachers (augmentation must be off)."""
+    that `imkd cache-teacher` stored instead of running the LiDAR teachers (augmentation must be off). on_bad_sample: stop, or
+    skip (the next sample of the order takes its place). sampling: uniform |
+    cbgs (every class equally often; the list of rows is saved in the run). paste: objects from other rows for LiDAR
+    networks, with at least paste_min_points cached points, at most paste_per_class kept of a class, off in the last
+    paste_off_epochs epochs."""
 
     split: str = "train"
     shuffle: str = "global"
@@ -63,6 +68,12 @@ class LoaderConfig:
     lidar_sweeps: int = 0
     intensity_from: str = "planes"
     cached_teachers: bool = False
+    on_bad_sample: str = "stop"
+    sampling: str = "uniform"
+    paste: bool = False
+    paste_min_points: int = 5
+    paste_per_class: int = 1000
+    paste_off_epochs: int = 5
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
@@ -73,10 +84,11 @@ class Run:
     model: configuration of the network (``kind`` student | lidar | label | fusion). method, options: distillation, by name or
     as a ``Method`` of your own; the JSON form keeps its name, so resuming such a run needs the value again.
     batch_size: samples per device and step; global_batch: samples per optimiser step over all devices (0 = batch_size
-    times devices; the difference is made up by accumulation). epochs or max_steps end the run (max_steps wins when set).
+    times devices; the difference is made up by accumulation). sync_batchnorm: batch statistics over all GPUs. epochs or max_steps end the run (max_steps wins when set).
     validate_every: steps between validations by the official metric, 0 = never. checkpoint_every: steps, 0 = at the end
-    of every epoch. stages: a run of several networks trains them in order; a stage named ``teacher``, ``label`` or
-    ``student`` gives its checkpoint to the later ones.
+    of every epoch. baseline: checkpoint of the undistilled student, with which teachers are compared. stages: a run of
+    several networks trains them in order; a stage named ``teacher``, ``label`` or ``student`` gives its checkpoint to the
+    later ones.
     """
 
     name: str
@@ -90,11 +102,13 @@ class Run:
     batch_size: int = 4
     global_batch: int = 0
     precision: str = "32-true"
+    sync_batchnorm: bool = False
     checkpoint_every: int = 0
     keep: int = 2
     log_every: int = 10
     validate_every: int = 0
     tensorboard: bool = True
+    baseline: str = ""
     optim: OptimConfig = field(default_factory=OptimConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     stages: tuple[Run, ...] = ()
@@ -103,12 +117,20 @@ class Run:
         for key, value, allowed in (
             ("optim.schedule", self.optim.schedule, SCHEDULES),
             ("precision", self.precision, PRECISIONS),
+            ("loader.sampling", self.loader.sampling, SAMPLINGS),
             ("loader.shuffle", self.loader.shuffle, ("global", "block", "none")),
             ("loader.radar_filter", self.loader.radar_filter, ("none", "devkit", "crn")),
             ("loader.intensity_from", self.loader.intensity_from, ("planes", "view")),
+            ("loader.on_bad_sample", self.loader.on_bad_sample, ("stop", "skip")),
         ):
             if value not in allowed:
                 raise RecipeError(f"run setting {key}", expected=", ".join(allowed), found=str(value))
+        if self.loader.paste and self.model.get("kind", "lidar") != "lidar":
+            raise RecipeError(
+                "objects are pasted for LiDAR networks only: a pasted object has no image and no radar return",
+                found=f"{self.name}, a {self.model.get('kind')} network",
+                next="--set loader.paste=off",
+            )
         if self.batch_size < 1 or self.keep < 1 or self.max_steps < 0 or self.epochs < 0:
             raise RecipeError("batch_size and keep must be at least 1, max_steps and epochs at least 0", found=self.name)
 
@@ -325,7 +347,18 @@ def parse_settings(items: Iterable[str]) -> dict[str, str]:
 
 # What may differ between the saved run and the resumed one; everything else is refused.
 FREE = frozenset(
-    {"summary", "checkpoint_every", "keep", "log_every", "validate_every", "tensorboard", "max_steps", "epochs", "batch_size"}
+    {
+        "summary",
+        "baseline",
+        "checkpoint_every",
+        "keep",
+        "log_every",
+        "validate_every",
+        "tensorboard",
+        "max_steps",
+        "epochs",
+        "batch_size",
+    }
 )
 
 
@@ -333,7 +366,7 @@ def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Compare two runs' JSON forms (with ``global_batch`` resolved). Errors: MismatchError with every difference."""
     wrong = [
         (path, a, b)
-        for path, a, b in _differences(saved, now)
+        for path, a, b in _differences(_complete(saved), _complete(now))
         if path.split(".")[0] not in FREE and path not in ("loader.workers",)
     ]
     for key in ("max_steps", "epochs"):
@@ -346,6 +379,21 @@ def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             found="; ".join(f"{p} {b!r}" for p, _, b in wrong),
             next="resume with the saved values (they stand in checkpoint.json), or start anew in another --out",
         )
+
+
+def _complete(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's JSON form with every setting stated, so that settings that came later do not differ from their absence."""
+    from imkd_models.presets import config_from_dict
+
+    known = {f.name for f in fields(Run)}
+    out = {
+        **run,
+        **Run.from_dict({k: v for k, v in run.items() if k in known}).as_dict(),
+        "global_batch": run.get("global_batch"),
+    }
+    if run.get("model"):
+        out["model"] = json.loads(canonical_json(config_from_dict(run["model"]).as_dict()))
+    return out
 
 
 def _differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from imkd_data.errors import UsageError
-from imkd_data.loader.augment import IDENTITY
+from imkd_data.loader.augment import IDENTITY, AugmentConfig
 from pipelines.run import LoaderConfig, OptimConfig, Run
 
 __all__ = ["RUNS", "get_run"]
@@ -105,6 +105,10 @@ def tiny_fusion() -> Run:
 
 # Full size. Schedules: crn section 4, imkd sections 2.1, 2.2 and 8.
 _LARGE = LoaderConfig(workers=8)
+# CRN leaves out a tenth of the radar returns and one of six sweeps.
+_CAMERA_RADAR = LoaderConfig(workers=8, augment=AugmentConfig(radar_drop=0.1, radar_sweeps_kept=5))
+# The public CenterPoint pastes objects until five epochs before the end.
+_LIDAR = LoaderConfig(workers=8, paste=True)
 
 
 def _student(name: str, summary: str, preset: str, *, method: str | None = None, **changes: Any) -> Run:
@@ -114,7 +118,7 @@ def _student(name: str, summary: str, preset: str, *, method: str | None = None,
         "global_batch": 16,
         "precision": "bf16-mixed",
         "optim": OptimConfig(ema=0.999),
-        "loader": _LARGE,
+        "loader": _CAMERA_RADAR,
     }
     return Run(name=name, summary=summary, model=_preset(preset), method=method, **{**values, **changes})
 
@@ -149,7 +153,7 @@ def imkd_swin_t() -> Run:
     return _student("imkd_swin_t", "IMKD student, Swin-T, 256x704", "swin_t", method="imkd")
 
 
-def _teacher(name: str, summary: str, preset: str) -> Run:
+def _teacher(name: str, summary: str, preset: str, loader: LoaderConfig = _LIDAR) -> Run:
     return Run(
         name=name,
         summary=summary,
@@ -159,7 +163,7 @@ def _teacher(name: str, summary: str, preset: str) -> Run:
         global_batch=16,
         precision="bf16-mixed",
         optim=OptimConfig(lr=1e-4, weight_decay=1e-2, milestones=(16.0, 19.0), ema=0.999, clip=35.0),
-        loader=_LARGE,
+        loader=loader,
     )
 
 
@@ -173,9 +177,21 @@ def pillar_r34() -> Run:
     return _teacher("pillar_r34", "LiDAR teacher, 0.1 m pillars with ResNet-34 stages", "pillar_r34")
 
 
+def voxel() -> Run:
+    """LiDAR teacher: CenterPoint with 0.1 m voxels; needs spconv."""
+    return _teacher("voxel", "LiDAR teacher, CenterPoint with 0.1 m voxels (needs spconv)", "voxel")
+
+
+def bevdepth_r50() -> Run:
+    """BEVDepth, ResNet-50, camera only: the baseline without radar."""
+    turned = AugmentConfig(image_rotation_deg=(-5.4, 5.4), bev_scale=(0.95, 1.05))
+    loader = LoaderConfig(workers=8, augment=turned)
+    return _student("bevdepth_r50", "BEVDepth baseline, ResNet-50, camera only", "bevdepth_r50", loader=loader)
+
+
 def fusion_r50() -> Run:
     """LiDAR-camera teacher of crkd and adaptive_smooth."""
-    return _teacher("fusion_r50", "LiDAR-camera teacher, pillars and ResNet-50", "fusion")
+    return _teacher("fusion_r50", "LiDAR-camera teacher, pillars and ResNet-50", "fusion", _LARGE)
 
 
 def label() -> Run:
@@ -206,8 +222,10 @@ RUNS: dict[str, Callable[[], Run]] = {
         imkd_swin_t,
         crn_r50,
         crn_r18,
+        bevdepth_r50,
         centerpoint_pillar,
         pillar_r34,
+        voxel,
         fusion_r50,
         label,
     )

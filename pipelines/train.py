@@ -7,6 +7,7 @@ the uninterrupted run, bit for bit on CPU.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -17,19 +18,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from imkd_data.cache import fault
-from imkd_data.errors import ImkdError, InterruptedBuildError, UsageError
+from imkd_data.errors import ImkdError, UsageError
 from imkd_data.loader.batch import Batch
 from imkd_data.loader.order import key64
 from imkd_data.loader.stream import Stream, held_out_rows, stream
-from imkd_models.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
-from pipelines.guard import EXIT_CODES, StopSignals, agree, elsewhere, non_finite_error
+from imkd_models.checkpoint import load_checkpoint, save_checkpoint
+from pipelines.guard import StopSignals, agree, elsewhere, interrupted, lost_rank, non_finite_error, total
 from pipelines.machine import Machine, accumulation, make_fabric
 from pipelines.measure import loader_values
 from pipelines.networks import Networks, TrainUnit, build_networks, use_cached_teachers
-from pipelines.optimise import Ema, lr_factor, make_optimiser
+from pipelines.optimise import Ema, lr_factor, make_optimiser, synchronised
 from pipelines.run import Run, check_resumable
+from pipelines.sampling import make_paster, saved_rows
+from pipelines.strength import teacher_warnings
 from pipelines.trainlog import Meter, Tick, TrainLog
-from pipelines.trainmeta import cache_meta, saved_run, stage_teachers, stream_meta
+from pipelines.trainmeta import cache_meta, restore, saved_run, stage_teachers, stream_meta
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
@@ -42,7 +45,7 @@ Progress = Callable[[Tick], None]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
     """checkpoint: last.ckpt of the (last) network. step: optimiser steps done. losses: terms of the last logged
-    step. rank: of this process.
+    step. rank: of this process. skipped: damaged samples left out in this call, over all ranks.
     stages: checkpoints by stage for a run of several networks."""
 
     out: Path
@@ -51,6 +54,7 @@ class TrainResult:
     losses: dict[str, float]
     seconds: float
     rank: int = 0
+    skipped: int = 0
     stages: dict[str, Path] = field(default_factory=dict)
 
 
@@ -128,8 +132,14 @@ class _Trainer:
                 next="lower batch_size or global_batch",
             )
         self.total = run.max_steps or run.epochs * self.steps_per_epoch
+        if run.loader.paste:
+            epochs = -(-self.total // self.steps_per_epoch)
+            self.stream.reader.paste = make_paster(run, cache, self.stream.order.rows, out, epochs, write=self.rank == 0)
+            self.fabric.barrier()
+        self.warnings = teacher_warnings(run, teachers, baseline=run.baseline or None, model_name=self.networks.config.name)
         self.meter = Meter(self.global_batch)
         self.losses: dict[str, float] = {}
+        self.skips, self.told = 0, set[str]()
 
     def _stream(self) -> Stream:
         made = stream(
@@ -138,8 +148,10 @@ class _Trainer:
             rank=self.rank,
             world=self.world,
             device=self.fabric.device,
-            **loader_values(self.run, self.networks),
+            **loader_values(self.run, self.networks, self.cache),
         )
+        if self.run.loader.sampling != "uniform":
+            saved_rows(made.order.rows, self.out, write=self.rank == 0)
         if self.top != "overfit" and (held := held_out_rows(self.cache, made.order.rows)):
             raise UsageError(
                 "validation rows are not trained on",
@@ -157,6 +169,8 @@ class _Trainer:
         begun = time.perf_counter()
         unit, optimiser, ema, first = self._set_up()
         log = TrainLog(self.out, resumed_step=first, tensorboard=self.run.tensorboard) if self.rank == 0 else None
+        if log is not None:
+            log.warn(self.warnings)
         batches = self.stream.forever(self.steps_per_epoch * self.global_batch)
         saved_step = first if self.saved is not None else -1
         try:
@@ -167,9 +181,11 @@ class _Trainer:
                         self._save(step + 1, unit, optimiser, ema)
                         saved_step = step + 1
                     if stopped:
-                        raise _interrupted(stopped, step + 1, self.total)
+                        raise interrupted(stopped, step + 1, self.total)
             if saved_step != self.total:
                 self._save(self.total, unit, optimiser, ema)
+        except RuntimeError as error:
+            raise (lost_rank(error) if self.world > 1 else None) or error from None
         finally:
             batches.close()  # type: ignore[attr-defined]
             if log is not None:
@@ -181,11 +197,14 @@ class _Trainer:
             losses=self.losses,
             seconds=time.perf_counter() - begun,
             rank=self.rank,
+            skipped=self.skips,
         )
 
     def _set_up(self) -> tuple[Any, Any, Ema | None, int]:
         run = self.run
         plain = self.plain = TrainUnit(self.networks)
+        if run.sync_batchnorm:
+            synchronised(plain, self.fabric.device, self.world)
         raw_optimiser = make_optimiser(plain.model, plain.distiller, run.optim)
         for teacher in self.networks.teachers.values():
             teacher.to(self.fabric.device)
@@ -195,22 +214,8 @@ class _Trainer:
         first = 0
         if self.saved is not None:
             check_resumable(self.saved.meta["run"], self._config())
-            first = self._restore(self.saved, plain, raw_optimiser, ema)
+            first = restore(self.saved, plain, raw_optimiser, ema, self.stream, getattr(self.fabric._precision, "scaler", None))
         return unit, optimiser, ema, first
-
-    def _restore(self, saved: Checkpoint, unit: TrainUnit, optimiser: torch.optim.Optimizer, ema: Ema | None) -> int:
-        state = saved.training
-        deployed = saved.model
-        load_weights(unit.model, state["raw"] if ema is not None else deployed, file=saved.path)
-        if ema is not None:
-            ema.load(deployed)
-        if unit.distiller is not None:
-            load_weights(unit.distiller, saved.distiller or {}, file=saved.path)
-        optimiser.load_state_dict(state["optimiser"])
-        if "scaler" in state and getattr(self.fabric._precision, "scaler", None) is not None:
-            self.fabric._precision.scaler.load_state_dict(state["scaler"])
-        self.stream.load_state_dict(state["stream"])
-        return saved.step
 
     def _step(
         self,
@@ -243,6 +248,7 @@ class _Trainer:
                 self.fabric.backward(loss)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value.detach() / self.accumulate
+        self._tell_skips(log)
         norm = self._clip(unit, optimiser, batch, step)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -306,6 +312,15 @@ class _Trainer:
             tick = Tick(stage=self.run.name, step=step, total=self.total, loss=total, lr=lr, eta_s=left, **rates)
             self.progress(tick)
 
+    def _tell_skips(self, log: TrainLog | None) -> None:
+        new = [f"sample {t} is skipped: {why}" for t, why in self.stream.skipped.items() if t not in self.told]
+        self.told.update(self.stream.skipped)
+        if log is not None:
+            log.warn(new)
+        else:
+            for line in new:
+                print(f"warning: {line}", file=sys.stderr)
+
     def _due(self, step: int) -> bool:
         every = self.run.checkpoint_every or self.steps_per_epoch
         return step % every == 0 or step == self.total
@@ -314,6 +329,7 @@ class _Trainer:
         return {**self.run.as_dict(), "global_batch": self.global_batch, "teachers": dict(self.networks.teacher_sha256)}
 
     def _save(self, step: int, unit: Any, optimiser: Any, ema: Ema | None) -> None:
+        self.skips = total(self.stream.skips, self.fabric.device)
         if self.rank != 0:
             self.fabric.barrier()
             return
@@ -334,7 +350,8 @@ class _Trainer:
             "teachers": self.networks.teacher_sha256,
             "cache": cache_meta(self.cache, self.stream),
             "stream": stream_meta(self.stream),
-            "metrics": {"losses": self.losses, **({} if score is None else {"score": score})},
+            "warnings": self.warnings,
+            "metrics": {"losses": self.losses, "skipped": self.skips, **({} if score is None else {"score": score})},
         }
         save_checkpoint(
             self.out,
@@ -370,14 +387,3 @@ class _Trainer:
             return float(load_checkpoint(self.out / "best.ckpt").meta["metrics"]["score"])
         except (ImkdError, KeyError):
             return float("-inf")
-
-
-def _interrupted(number: int, step: int, total: int) -> InterruptedBuildError:
-    import signal
-
-    return InterruptedBuildError(
-        f"stopped by {signal.Signals(number).name} after step {step} of {total}",
-        signal_code=EXIT_CODES[signal.Signals(number)],
-        kept="the checkpoint of this step is written",
-        next="the same command with --resume continues",
-    )

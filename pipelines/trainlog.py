@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,15 @@ class TrainLog:
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(partial, self.path)
+
+    def warn(self, lines: list[str]) -> None:
+        """Warnings of the run: on stderr, and as lines of ``log.jsonl`` without a step (once, also over resumes)."""
+        have = {json.loads(line).get("warning") for line in self.path.read_text(encoding="utf-8").splitlines() if line}
+        for line in lines:
+            print(f"warning: {line}", file=sys.stderr)
+            if line not in have:
+                self.file.write(json.dumps({"warning": line}) + "\n")
+        self.file.flush()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One object; floats keep every digit."""

@@ -1,13 +1,13 @@
 """Augmentation as values: an image draw (IDA) per camera and a BEV draw (BDA) per sample.
 
-Every draw is a pure function of (seed, epoch, position), whoever draws it. An image draw is a resize, a crop and a flip,
-so it gives a new Camera; the BEV draw gives ``bev_from_ego``. Ranges and formulas: public CRN / BEVDepth settings.
+Every draw is a pure function of (seed, epoch, position), whoever draws it. An image draw is a resize, a crop, a flip and a
+rotation, so it gives a new Camera; the BEV draw gives ``bev_from_ego``. Ranges and formulas: public CRN / BEVDepth settings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,20 @@ from numpy.typing import ArrayLike, NDArray
 from imkd_data.errors import RecipeError
 from imkd_data.geometry import Camera
 
-__all__ = ["IDENTITY", "AugmentConfig", "BevDraw", "ImageDraw", "draw_bev", "draw_images", "move_boxes"]
+__all__ = [
+    "IDENTITY",
+    "AugmentConfig",
+    "BevDraw",
+    "ImageDraw",
+    "draw_bev",
+    "draw_images",
+    "draw_radar",
+    "generator",
+    "move_boxes",
+]
 
 F64 = NDArray[np.float64]
-_BEV_STREAM, _IMAGE_STREAM = 1, 2
+_BEV_STREAM, _IMAGE_STREAM, _TURN_STREAM, _RADAR_STREAM = 1, 2, 3, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +38,8 @@ class AugmentConfig:
 
     image_scale: factor on the evaluation scale max(h / H, w / W); CRN's 0.386..0.55 of 900x1600 -> 256x704 is
     0.877..1.25 of 0.44. image_flip, flip_x, flip_y: probabilities. rotation_deg, bev_scale: uniform ranges.
+    image_rotation_deg: per camera (BEVDepth: +-5.4, CRN: 0). radar_drop: share of radar returns left out;
+    radar_sweeps_kept: so many of the used sweeps, drawn without replacement, 0 = all (CRN: 0.1 and 5 of 6).
     """
 
     enabled: bool = True
@@ -37,6 +49,9 @@ class AugmentConfig:
     bev_scale: tuple[float, float] = (0.9, 1.1)
     flip_x: float = 0.5
     flip_y: float = 0.5
+    image_rotation_deg: tuple[float, float] = (0.0, 0.0)
+    radar_drop: float = 0.0
+    radar_sweeps_kept: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -55,7 +70,7 @@ class AugmentConfig:
 IDENTITY = AugmentConfig(enabled=False)
 
 
-def _generator(seed: int, epoch: int, position: int, stream: int) -> np.random.Generator:
+def generator(seed: int, epoch: int, position: int, stream: int) -> np.random.Generator:
     """Counter-based random numbers: the counter *is* (epoch, position, stream), so no draw depends on another."""
     mask = (1 << 64) - 1
     key = np.array([seed & mask, 0x696D6B64], dtype=np.uint64)
@@ -91,7 +106,7 @@ def draw_bev(config: AugmentConfig, *, seed: int, epoch: int, position: int) -> 
     """The BEV draw of one position."""
     if not config.enabled:
         return BevDraw()
-    rng = _generator(seed, epoch, position, _BEV_STREAM)
+    rng = generator(seed, epoch, position, _BEV_STREAM)
     turn, scale, flip_x, flip_y = rng.random(4).tolist()
     low, high = np.deg2rad(config.rotation_deg)
     return BevDraw(
@@ -104,7 +119,8 @@ def draw_bev(config: AugmentConfig, *, seed: int, epoch: int, position: int) -> 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageDraw:
-    """Resize of the whole image to (resized_w, resized_h), window of (width, height) at (left, top), flip.
+    """Resize of the whole image to (resized_w, resized_h), window of (width, height) at (left, top), flip, rotation about
+    the window's middle (u' = cos u + sin v: content turns counter-clockwise on screen for positive angles).
 
     left and top may be negative or the window may leave the image; what lies outside is black.
     """
@@ -116,12 +132,22 @@ class ImageDraw:
     width_px: int
     height_px: int
     flip: bool = False
+    rotation_rad: float = 0.0
+
+    def turn(self) -> F64:
+        """Rotation of window pixels (3, 3)."""
+        c, s = np.cos(self.rotation_rad), np.sin(self.rotation_rad)
+        u, v = (self.width_px - 1) / 2, (self.height_px - 1) / 2
+        return np.array([[c, s, u - c * u - s * v], [-s, c, v + s * u - c * v], [0.0, 0.0, 1.0]])
 
     def camera(self, camera: Camera) -> Camera:
         """The camera of the augmented image."""
         moved = camera.resized(self.resized_w_px, self.resized_h_px)
         moved = moved.cropped(self.left_px, self.top_px, self.width_px, self.height_px)
-        return moved.flipped() if self.flip else moved
+        moved = moved.flipped() if self.flip else moved
+        if not self.rotation_rad:
+            return moved
+        return replace(moved, image_from_camera=self.turn() @ moved.image_from_camera)
 
     def matrix(self, full_hw_px: tuple[int, int]) -> F64:
         """``augmented_from_full`` pixels (3, 3); the same product as ``camera`` applies."""
@@ -129,7 +155,7 @@ class ImageDraw:
         m = np.array([[sx, 0, 0.5 * sx - 0.5 - self.left_px], [0, sy, 0.5 * sy - 0.5 - self.top_px], [0, 0, 1.0]])
         if self.flip:
             m[0] = [-sx, 0, self.width_px - 1 - m[0, 2]]
-        return m
+        return self.turn() @ m if self.rotation_rad else m
 
 
 def draw_images(
@@ -145,9 +171,10 @@ def draw_images(
     """One draw per camera, shared by its keyframes. The crop is aligned with the lower edge, where the road is."""
     (full_h, full_w), (height, width) = full_hw_px, image_hw_px
     base = max(height / full_h, width / full_w)
-    rng = _generator(seed, epoch, position, _IMAGE_STREAM)
+    rng = generator(seed, epoch, position, _IMAGE_STREAM)
+    turns = np.deg2rad(generator(seed, epoch, position, _TURN_STREAM).uniform(*config.image_rotation_deg, size=cameras))
     out = []
-    for u_scale, u_left, u_flip in rng.random((cameras, 3)).tolist():
+    for (u_scale, u_left, u_flip), turn in zip(rng.random((cameras, 3)).tolist(), turns.tolist(), strict=True):
         low, high = config.image_scale
         scale = base * (low + (high - low) * u_scale) if config.enabled else base
         resized_w, resized_h = round(full_w * scale), round(full_h * scale)
@@ -161,9 +188,29 @@ def draw_images(
                 width_px=width,
                 height_px=height,
                 flip=bool(config.enabled and u_flip < config.image_flip),
+                rotation_rad=turn if config.enabled else 0.0,
             )
         )
     return tuple(out)
+
+
+def draw_radar(
+    config: AugmentConfig, sweep: ArrayLike, *, seed: int, epoch: int, position: int, slot: int
+) -> NDArray[np.bool_]:
+    """Which returns of one history slot stay, given their sweep numbers (N,)."""
+    sweeps = np.asarray(sweep)
+    keep = np.ones(len(sweeps), dtype=bool)
+    if not config.enabled:
+        return keep
+    rng = generator(seed, epoch, position, _RADAR_STREAM)
+    present = np.arange(int(sweeps.max(initial=-1)) + 1)
+    order = rng.permutation(64)  # one draw for all slots, as long as any recipe has sweeps
+    if 0 < config.radar_sweeps_kept < len(present):
+        keep &= np.isin(sweeps, order[order < len(present)][: config.radar_sweeps_kept])
+    if config.radar_drop:
+        dropped = generator(seed, epoch, position, _RADAR_STREAM + 16 * (slot + 1)).random(len(sweeps))
+        keep &= dropped >= config.radar_drop
+    return keep
 
 
 def move_boxes(

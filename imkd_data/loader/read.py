@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from imkd_data.errors import InputDataError, MissingFeatureError
-from imkd_data.loader.augment import ImageDraw, draw_bev, draw_images, move_boxes
+from imkd_data.loader.augment import ImageDraw, draw_bev, draw_images, draw_radar, move_boxes
+from imkd_data.loader.paste import Pasted, Paster
 from imkd_data.loader.request import PARTS, PLANES, RADAR_FILTERS, StreamRequest
 from imkd_data.loader.rows import RowTable
 
@@ -32,14 +33,15 @@ Arrays = dict[str, Any]
 
 @dataclass(slots=True)
 class Packed:
-    """A batch on its way from a worker to the device: tensors by name, tokens, and what cannot be a tensor."""
+    """A batch on its way from a worker to the device: tensors by name, tokens, and (token, error) of samples skipped."""
 
     tokens: tuple[str, ...]
     tensors: dict[str, Tensor]
+    skipped: tuple[tuple[str, str], ...] = ()
 
     def pin(self) -> Packed:
         """The same in page-locked memory."""
-        return Packed(self.tokens, {k: v.pin_memory() for k, v in self.tensors.items()})
+        return Packed(self.tokens, {k: v.pin_memory() for k, v in self.tensors.items()}, self.skipped)
 
     pin_memory = pin  # the name that torch's DataLoader looks for
 
@@ -74,7 +76,19 @@ def decode_image(jpeg: bytes, draw: ImageDraw, out: Tensor | None = None) -> Ten
         inside.copy_(window)
     if draw.flip:
         out.copy_(out.flip(-1))
+    if draw.rotation_rad:
+        out.copy_(_turned(out, draw))
     return out
+
+
+def _turned(image: Tensor, draw: ImageDraw) -> Tensor:
+    """(3, H, W) u8 rotated about its middle, bilinear, black outside."""
+    height, width = image.shape[1:]
+    back = torch.from_numpy(np.linalg.inv(draw.turn())).float()
+    v, u = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    source = torch.stack([u, v, torch.ones_like(u)], dim=-1).float() @ back[:2].T
+    place = (source * 2 + 1) / torch.tensor([width, height]) - 1
+    return torch.nn.functional.grid_sample(image[None].float(), place[None], align_corners=False)[0].round()
 
 
 def _resized_rows(pixels: NDArray[np.uint8], size: tuple[int, int], y0: int, y1: int) -> Tensor:
@@ -96,7 +110,10 @@ class SampleReader:
     """Reads rows of a cache for one request. Holds no open state of its own, so it can be sent to workers.
 
     keep_keyframes: decoded keyframes to remember. Neighbours share their history, so where samples come in order and every
-    draw is the same (evaluation), each keyframe is decoded once instead of once a slot."""
+    draw is the same (evaluation), each keyframe is decoded once instead of once a slot. ``paste``: objects from other
+    rows for LiDAR teachers, set by the trainer."""
+
+    paste: Paster | None = None
 
     def __init__(self, cache: Cache, table: RowTable, request: StreamRequest, *, seed: int, keep_keyframes: int = 0) -> None:
         self.cache, self.table, self.request, self.seed = cache, table, request, seed
@@ -146,11 +163,14 @@ class SampleReader:
                 self._depth(out, row, draws)
                 out["depth_views"] = len(self.cameras)
         if "radar_points" in parts:
-            out["radar"] = self._radar(rows, moves)
+            out["radar"] = self._radar(rows, moves, epoch, position)
+        pasted = None
+        if self.paste is not None and epoch < self.paste.until_epoch and {"lidar_points", "boxes"} <= set(parts):
+            pasted = self.paste.draw(self.cache.decode("boxes", row), seed=self.seed, epoch=epoch, position=position)
         if "lidar_points" in parts:
-            out["lidar"] = self._lidar(row, bev)
+            out["lidar"] = self._lidar(row, bev, pasted)
         if "boxes" in parts:
-            out["boxes"] = self._boxes(row, bev)
+            out["boxes"] = self._boxes(row, bev, pasted)
         for name in self.fields:
             if name in PLANES:
                 out[name] = self.cache.read(name, row)
@@ -206,12 +226,12 @@ class SampleReader:
         for v, ((_, place), draw) in enumerate(zip(self.cameras, draws, strict=True)):
             m = draw.matrix(self.cache.suite.image_hw_px)
             uvd = np.asarray(stored[place], dtype=np.float64)
-            moved = np.stack([m[0, 0] * uvd[:, 0] + m[0, 2], m[1, 1] * uvd[:, 1] + m[1, 2], uvd[:, 2]], axis=1)
+            moved = np.concatenate([uvd[:, :2] @ m[:2, :2].T + m[:2, 2], uvd[:, 2:]], axis=1)
             clouds.append(moved)
             views.append(np.full(len(moved), v))
         out["depth"] = {"uvd": np.concatenate(clouds).astype(np.float32), "view": np.concatenate(views).astype(np.int64)}
 
-    def _radar(self, rows: NDArray[np.int64], moves: Sequence[F64]) -> Arrays:
+    def _radar(self, rows: NDArray[np.int64], moves: Sequence[F64], epoch: int, position: int) -> Arrays:
         request, parts = self.request, []
         for t, row in enumerate(rows.tolist()):
             if row in rows[:t]:
@@ -223,6 +243,8 @@ class SampleReader:
                     keep &= np.isin(columns[name], values)
             if request.radar_sweeps:
                 keep &= columns["sweep"] < request.radar_sweeps
+            sweep = np.where(keep, columns["sweep"], -1)
+            keep &= draw_radar(request.augment, sweep, seed=self.seed, epoch=epoch, position=position, slot=t)
             move, features = moves[t], [self._radar_column(columns, f) for f in request.radar_features]
             part = {
                 "xyz": _moved(columns["xyz_m"][keep], move),
@@ -244,20 +266,22 @@ class SampleReader:
             )
         return np.asarray(columns[raw], dtype=np.float32)
 
-    def _lidar(self, row: int, bev: F64) -> Arrays:
+    def _lidar(self, row: int, bev: F64, pasted: Pasted | None = None) -> Arrays:
         points = self.cache.decode("lidar_points", row)
         keep: Any = slice(None)
         if self.request.lidar_sweeps:
             keep = points["sweep"] < self.request.lidar_sweeps
         intensity = points["intensity"] / np.float32(self.cache.suite.reflectance_max)
-        return {
-            "xyz": _moved(points["xyz_m"][keep], bev),
-            "features": np.stack([intensity, points["ring"].astype(np.float32)], axis=1)[keep],
-            "age": points["age_s"][keep],
-        }
+        xyz, age = points["xyz_m"][keep], points["age_s"][keep]
+        features = np.stack([intensity, points["ring"].astype(np.float32)], axis=1)[keep]
+        if pasted is not None:
+            xyz, features, age = pasted.into(xyz, features, age)
+        return {"xyz": _moved(xyz, bev), "features": features, "age": age}
 
-    def _boxes(self, row: int, bev: F64) -> Arrays:
+    def _boxes(self, row: int, bev: F64, pasted: Pasted | None = None) -> Arrays:
         boxes = self.cache.decode("boxes", row)
+        if pasted is not None:
+            boxes = pasted.beside(boxes)
         centre, size, yaw, velocity = move_boxes(bev, boxes.centre_m, boxes.size_lwh_m, boxes.yaw_rad, boxes.velocity_mps)
         seen = np.maximum(boxes.num_lidar, 0) + np.maximum(boxes.num_radar, 0) > 0
         unknown = (boxes.num_lidar < 0) & (boxes.num_radar < 0)

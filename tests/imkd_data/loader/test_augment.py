@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+from memory_cache import MemoryCache
 
 from imkd_data.errors import RecipeError
 from imkd_data.geometry import Camera, Pose
-from imkd_data.loader.augment import IDENTITY, AugmentConfig, BevDraw, draw_bev, draw_images, move_boxes
+from imkd_data.loader.augment import IDENTITY, AugmentConfig, BevDraw, draw_bev, draw_images, draw_radar, move_boxes
+from imkd_data.loader.stream import stream
 
 CONFIG = AugmentConfig()
 
@@ -132,3 +137,82 @@ def test_config_round_trip_and_unknown_keys() -> None:
     assert AugmentConfig.from_dict(CONFIG.as_dict()) == CONFIG
     with pytest.raises(RecipeError, match="unknown augmentation"):
         AugmentConfig.from_dict({"rotaton_deg": [0, 0]})
+
+
+TURNED = AugmentConfig(image_rotation_deg=(-5.4, 5.4))
+
+
+def test_image_rotation_moves_pixels_camera_and_matrix_together() -> None:
+    import simplejpeg
+
+    from imkd_data.loader.read import decode_image
+
+    full = np.zeros((90, 160, 3), dtype=np.uint8)
+    full[50:58, 100:108] = 255
+    jpeg = simplejpeg.encode_jpeg(full, quality=98)
+    camera = Camera(
+        name="c",
+        image_from_camera=np.array([[120.0, 0, 80], [0, 120, 45], [0, 0, 1]]),
+        ego_from_camera=Pose.identity("ego", "c@1"),
+        width_px=160,
+        height_px=90,
+        timestamp_us=1,
+    )
+    xyz = np.random.default_rng(0).uniform([-5, -3, 4], [5, 2, 40], size=(30, 3))
+    uv, _ = camera.project(xyz)
+    angles = []
+    for p in range(10):
+        options = {"full_hw_px": (90, 160), "image_hw_px": (48, 112), "cameras": 3, "seed": 1, "epoch": 0, "position": p}
+        draws = draw_images(TURNED, **options)
+        plain = draw_images(CONFIG, **options)
+        angles += [d.rotation_rad for d in draws]
+        for draw, still in zip(draws, plain, strict=True):
+            assert (draw.left_px, draw.flip, draw.resized_w_px) == (still.left_px, still.flip, still.resized_w_px)
+            expected = np.concatenate([uv, np.ones((30, 1))], axis=1) @ draw.matrix((90, 160)).T
+            assert np.allclose(draw.camera(camera).project(xyz)[0], expected[:, :2], atol=1e-9)
+            middle = draw.turn() @ (55.5, 23.5, 1.0)
+            assert np.allclose(middle[:2], (55.5, 23.5))
+            c, s = np.cos(draw.rotation_rad), np.sin(draw.rotation_rad)
+            assert np.allclose(draw.turn()[:2, :2], [[c, s], [-s, c]])  # the public formula
+        out = decode_image(jpeg, draws[0]).double().mean(0).numpy()
+        weight = np.where(out > 40, out, 0)
+        at = draws[0].matrix((90, 160)) @ (103.5, 53.5, 1.0)
+        if 5 < at[0] < 107 and 5 < at[1] < 43:
+            rows, columns = np.mgrid[: out.shape[0], : out.shape[1]]
+            centre = np.array([(weight * columns).sum(), (weight * rows).sum()]) / weight.sum()
+            assert np.abs(centre - at[:2]).max() < 0.4
+    assert np.rad2deg(min(angles)) < -3 and np.rad2deg(max(angles)) > 3 and len(set(angles)) == 30
+
+
+def test_radar_draws_are_a_function_of_the_position_and_share_their_sweeps() -> None:
+    sweep = np.repeat(np.arange(6), 500)
+    config = AugmentConfig(radar_drop=0.1, radar_sweeps_kept=5)
+
+    def kept(position: int, slot: int = 0, c: AugmentConfig = config) -> np.ndarray:
+        return draw_radar(c, sweep, seed=3, epoch=1, position=position, slot=slot)
+
+    masks = [kept(p) for p in range(30)]
+    assert all(np.array_equal(m, kept(p)) for p, m in reversed(list(enumerate(masks))))
+    lost = [set(range(6)) - set(sweep[m]) for m in masks]
+    assert all(len(x) == 1 for x in lost) and len(set.union(*lost)) == 6
+    assert all(set(sweep[kept(p, slot=2)]) == set(sweep[m]) for p, m in enumerate(masks))
+    assert not np.array_equal(kept(0), kept(0, slot=1))  # returns are drawn per slot
+    assert 0.87 < np.mean([m.sum() / 2500 for m in masks]) < 0.93
+    assert kept(0, c=AugmentConfig()).all() and kept(0, c=AugmentConfig(enabled=False, radar_drop=0.5)).all()
+    assert draw_radar(config, np.zeros(0, np.int64), seed=0, epoch=0, position=0, slot=0).shape == (0,)
+
+
+def test_dropped_radar_is_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
+    cache = MemoryCache(tmp_path, scenes=3, keyframes=4)
+    options = {"fields": ("radar_points",), "augment": AugmentConfig(radar_drop=0.3), "seed": 2}
+
+    def points(batch: Any) -> dict[str, Any]:
+        return {t: batch.radar.xyz_m[batch.radar.batch_index == i].tolist() for i, t in enumerate(batch.tokens)}
+
+    whole = {k: v for b in stream(cache, 4, **options) for k, v in points(b).items()}
+    halves = [
+        {k: v for b in stream(cache, 2, rank=r, world=2, workers=0, **options) for k, v in points(b).items()} for r in (0, 1)
+    ]
+    assert {**halves[0], **halves[1]} == whole
+    plain = sum(len(b.radar.xyz_m) for b in stream(cache, 4, fields=("radar_points",), seed=2))
+    assert 0.55 * plain < sum(map(len, whole.values())) < 0.85 * plain

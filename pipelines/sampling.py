@@ -1,0 +1,94 @@
+"""Which rows an epoch takes: every row once, or CBGS's list with repetitions. The list is saved in the run's folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imkd_data.classes import DETECTION_CLASSES
+from imkd_data.errors import MismatchError
+from imkd_data.loader.order import key64, permuted
+from imkd_data.loader.paste import Paster, write_bank
+from imkd_data.loader.rows import read_rows, select_rows
+
+if TYPE_CHECKING:
+    from imkd_data.cache.store import Cache
+    from pipelines.run import LoaderConfig, Run
+
+__all__ = ["ROWS_FILE", "balanced", "make_paster", "saved_rows", "virtual_rows"]
+
+I64 = NDArray[np.int64]
+ROWS_FILE, BANK_FILE = "rows.npy", "paste_bank.npz"
+
+
+def balanced(rows: I64, has_class: NDArray[np.bool_], seed: int) -> I64:
+    """CBGS: a list in which every class that occurs has the same number of entries, a tenth of all entries before balancing.
+
+    has_class (N, K): classes in each row. A class with fewer rows than its share repeats all of them, then a drawn part; one
+    with more is drawn without repetition. Rows without any class are left out, as in the public code. Deterministic in seed.
+    """
+    counts = has_class.sum(0)
+    present = np.flatnonzero(counts)
+    share = round(int(counts.sum()) / max(1, len(present)))
+    parts = []
+    for k in present.tolist():
+        own = rows[has_class[:, k]]
+        whole, rest = divmod(share, len(own))
+        drawn = permuted(np.arange(rest), len(own), key64("cbgs", seed, k)) if rest else np.zeros(0, dtype=np.int64)
+        parts += [own] * whole + [own[drawn]]
+    return np.sort(np.concatenate(parts)) if parts else rows[:0]
+
+
+def virtual_rows(cache: Cache, loader: LoaderConfig, seed: int) -> I64:
+    """Rows of one epoch, repetitions included; the stream shuffles them anew every epoch."""
+    rows = select_rows(read_rows(cache), loader.split)
+    if loader.sampling == "uniform":
+        return rows
+    has_class = np.zeros((len(rows), len(DETECTION_CLASSES)), dtype=bool)
+    for i, row in enumerate(rows.tolist()):
+        boxes = cache.decode("boxes", row)
+        seen = np.maximum(boxes.num_lidar, 0) + np.maximum(boxes.num_radar, 0) > 0
+        unknown = (boxes.num_lidar < 0) & (boxes.num_radar < 0)
+        has_class[i, boxes.label[(boxes.label >= 0) & (seen | unknown)]] = True
+    return balanced(rows, has_class, seed)
+
+
+def saved_rows(rows: I64, out: Path, *, write: bool) -> I64:
+    """Keep the list in ``out`` at the first start, and hold a resumed run to it. Errors: MismatchError where it differs."""
+    path = out / ROWS_FILE
+    if path.is_file():
+        saved: I64 = np.load(path, allow_pickle=False)
+        if not np.array_equal(saved, rows):
+            raise MismatchError(
+                "the list of rows differs from the one this run began with",
+                file=str(path),
+                expected=f"{len(saved)} rows",
+                found=f"{len(rows)} rows",
+                next="resume with the cache, split, sampling and seed of the saved run",
+            )
+    elif write:
+        out.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.npy")
+        np.save(partial, rows)
+        os.replace(partial, path)
+    return rows
+
+
+def make_paster(run: Run, cache: Cache, rows: I64, out: Path, epochs: int, *, write: bool) -> Paster:
+    """The bank of objects in ``out``, made at the first start from ``rows`` (each once), and when pasting ends."""
+    loader, bank = run.loader, out / BANK_FILE
+    if write and not bank.is_file():
+        write_bank(
+            cache,
+            np.unique(rows).tolist(),
+            bank,
+            min_points=loader.paste_min_points,
+            per_class=loader.paste_per_class,
+            seed=run.seed,
+            sweeps=loader.lidar_sweeps,
+        )
+    return Paster(bank, until_epoch=epochs - loader.paste_off_epochs)

@@ -1,0 +1,214 @@
+"""The recipe: class-balanced rows, pasted objects, schedules, averages, and the warning about a weak teacher."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from toy_training import toy_cache, toy_run
+
+from imkd_data.errors import MismatchError, RecipeError
+from imkd_models.checkpoint import load_checkpoint
+from pipelines.optimise import Ema, lr_factor
+from pipelines.report import make_report
+from pipelines.run import LoaderConfig, OptimConfig, Run
+from pipelines.runs import RUNS
+from pipelines.sampling import balanced, virtual_rows
+from pipelines.strength import own_scores, teacher_warnings
+from pipelines.train import train
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return toy_cache(tmp_path_factory.mktemp("world"))
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+
+def test_every_class_gets_the_same_number_of_entries() -> None:
+    rng = np.random.default_rng(0)
+    rows = np.arange(1000) * 3 + 7
+    has = rng.random((1000, 4)) < np.array([0.9, 0.3, 0.02, 0.0])
+    has[has.sum(1) == 0, 0] = False
+    listed = balanced(rows, has, seed=5)
+    share = round(has.sum() / 3)  # three classes occur
+    assert len(listed) == 3 * share and np.array_equal(listed, balanced(rows, has, seed=5))
+    assert not np.array_equal(listed, balanced(rows, has, seed=6))
+    assert set(listed) <= set(rows[has.any(1)])
+    times = np.bincount((listed - 7) // 3, minlength=1000)
+    rare, common_only = has[:, 2], has[:, 0] & ~has[:, 1] & ~has[:, 2]
+    whole = share // rare.sum()
+    assert times[rare].min() >= whole > 10  # a rare row comes back again and again
+    assert times[common_only].max() <= 1 and times[common_only].mean() < share / has[:, 0].sum() + 0.1
+    assert len(balanced(rows, np.zeros((1000, 4), bool), seed=0)) == 0
+
+
+def test_the_list_is_saved_in_the_run_and_holds_on_resume(cache: Any, tmp_path: Path) -> None:
+    loader = LoaderConfig(workers=0, sampling="cbgs")
+    run = toy_run(loader=loader, max_steps=2, optim=OptimConfig(lr=1e-3, schedule="constant"))
+    out = tmp_path / "run"
+    train(run, cache, out, accelerator="cpu")
+    rows = np.load(out / "rows.npy")
+    assert np.array_equal(rows, virtual_rows(cache, loader, run.seed))
+    uniform = virtual_rows(cache, LoaderConfig(workers=0), run.seed)
+    assert set(rows) <= set(uniform) and len(rows) != len(uniform)
+    longer = run.with_values(max_steps=4)
+    assert train(longer, cache, out, resume=True, accelerator="cpu").step == 4
+    straight = train(longer, cache, tmp_path / "straight", accelerator="cpu").checkpoint
+    a, b = load_checkpoint(out), load_checkpoint(straight)
+    assert a.files["model.safetensors"] == b.files["model.safetensors"]
+    np.save(out / "rows.npy", rows[::-1])
+    with pytest.raises(MismatchError, match="list of rows"):
+        train(longer.with_values(max_steps=6), cache, out, resume=True, accelerator="cpu")
+    with pytest.raises(RecipeError, match="sampling"):
+        toy_run(loader=LoaderConfig(sampling="balanced"))
+
+
+# ------------------------------------------------------------------------------------------------------------- pasting
+
+
+def test_a_lidar_run_pastes_until_its_last_epochs_and_resumes_exactly(cache: Any, tmp_path: Path) -> None:
+    loader = LoaderConfig(workers=0, paste=True, paste_min_points=1, paste_off_epochs=1)
+    run = toy_run(loader=loader, max_steps=12, checkpoint_every=5)  # epochs of five steps: pasting in two of three
+    straight = train(run, cache, tmp_path / "a", accelerator="cpu").checkpoint
+    plain = train(run.with_settings({"loader.paste": "off"}), cache, tmp_path / "b", accelerator="cpu").checkpoint
+    assert (tmp_path / "a" / "paste_bank.npz").is_file() and not (tmp_path / "b" / "paste_bank.npz").exists()
+    model = "model.safetensors"
+    assert load_checkpoint(straight).files[model] != load_checkpoint(plain).files[model]
+    half = run.with_values(max_steps=7)  # ends earlier, so the last epochs would be others: refused silently nowhere
+    train(half.with_settings({"loader.paste_off_epochs": "0"}), cache, tmp_path / "c", accelerator="cpu")
+    with pytest.raises(MismatchError, match="paste_off_epochs"):
+        train(run, cache, tmp_path / "c", resume=True, accelerator="cpu")
+
+
+def test_pasting_is_for_lidar_networks_only() -> None:
+    with pytest.raises(RecipeError, match="no image and no radar return"):
+        toy_run("student", loader=LoaderConfig(paste=True))
+    pasting = {name for name, make in RUNS.items() if make().loader.paste}
+    assert pasting == {"centerpoint_pillar", "pillar_r34", "voxel"}
+
+
+# ------------------------------------------------------------------------------------------------------------ schedule
+
+
+def test_schedules_follow_their_formulas() -> None:
+    def factors(steps: int, **values: Any) -> list[float]:
+        return [lr_factor(OptimConfig(**values), s, total_steps=steps, steps_per_epoch=10) for s in range(steps)]
+
+    step = factors(240, schedule="step", milestones=(19.0, 23.0), warmup_steps=0)
+    assert step[:190] == [1.0] * 190 and np.allclose(step[190:230], 0.1) and np.allclose(step[230:], 0.01)
+    warm = factors(240, schedule="step", milestones=(19.0,), warmup_steps=4)
+    assert np.allclose(warm[:5], [0.25, 0.5, 0.75, 1, 1])
+    cycle = factors(200, schedule="one_cycle", warmup_share=0.4)
+    peak = int(np.argmax(cycle))
+    assert peak == 80 and cycle[80] == 1.0 and cycle[0] == pytest.approx(0.04) and cycle[-1] < 1e-3
+    assert (np.diff(cycle[:81]) > 0).all() and (np.diff(cycle[80:]) < 0).all()
+    assert cycle[140] == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
+
+
+def test_the_average_is_what_its_definition_says_and_what_is_deployed(cache: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    ema, expected = Ema(model, 0.9), {k: v.clone() for k, v in model.named_parameters()}
+    for step in range(40):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        model(torch.randn(4, 3))
+        ema.update(model, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = {k: decay * expected[k] + (1 - decay) * v for k, v in model.named_parameters()}
+    for name, value in expected.items():
+        torch.testing.assert_close(ema.shadow[name], value.detach())
+    assert torch.equal(ema.shadow["1.running_mean"], model[1].running_mean)  # statistics are copied
+    run = toy_run(max_steps=3, optim=OptimConfig(lr=1e-2, schedule="constant", ema=0.99))
+    saved = load_checkpoint(train(run, cache, tmp_path, accelerator="cpu").checkpoint)
+    raw = saved.training["raw"]
+    name = next(k for k in saved.model if k.endswith("encoder.linear.weight"))
+    assert not torch.equal(raw[name], saved.model[name])
+
+
+# ------------------------------------------------------------------------------------------------------------- warning
+
+
+def scored(folder: Path, value: float) -> None:
+    (folder / "eval").mkdir(exist_ok=True)
+    (folder / "eval" / "metrics_summary.json").write_text(json.dumps({"mean_ap": value, "nd_score": value + 0.1}))
+
+
+@pytest.fixture(scope="module")
+def teacher(cache: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    train(toy_run(max_steps=1), cache, out, accelerator="cpu")
+    return out
+
+
+def distilled(**changes: Any) -> Run:
+    return toy_run("student", method="imkd", max_steps=1, options={"stage2_label": "off"}, **changes)
+
+
+def test_a_weak_teacher_warns_in_log_checkpoint_and_report(
+    cache: Any, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    baseline = tmp_path / "baseline"
+    train(toy_run("student", max_steps=1), cache, baseline, accelerator="cpu")
+    scored(baseline, 0.40)
+    scored(teacher, 0.44)
+    run = distilled(baseline=str(baseline))
+    train(run, cache, tmp_path / "weak", {"lidar": teacher}, accelerator="cpu")
+    line = "teacher lidar has 44.0 mAP, the baseline 40.0"
+    assert line in capsys.readouterr().err
+    logged = [json.loads(v) for v in (tmp_path / "weak" / "log.jsonl").read_text().splitlines()]
+    assert [v for v in logged if line in str(v.get("warning"))] and any("loss" in v for v in logged)
+    assert any(line in w for w in load_checkpoint(tmp_path / "weak").meta["warnings"])
+    make_report([tmp_path / "weak"], tmp_path / "page.html")
+    assert line in (tmp_path / "page.html").read_text()
+    scored(teacher, 0.451)
+    train(run, cache, tmp_path / "strong", {"lidar": teacher}, accelerator="cpu")
+    assert load_checkpoint(tmp_path / "strong").meta["warnings"] == [] and "warning" not in capsys.readouterr().err
+    other = {"mean_ap": 0.9, "nd_score": 0.9, "checkpoint": {"weights_sha256": "0" * 64}}
+    (teacher / "eval" / "metrics_summary.json").write_text(json.dumps(other))  # of other weights, so it says nothing
+    train(run, cache, tmp_path / "unknown", {"lidar": teacher}, accelerator="cpu")
+    assert "no score of its own" in load_checkpoint(tmp_path / "unknown").meta["warnings"][0]
+
+
+def test_what_a_teacher_is_compared_with(teacher: Path) -> None:
+    scored(teacher, 0.50)
+    assert own_scores(teacher)["map"] == 0.50
+    assert teacher_warnings(toy_run("student"), {"lidar": teacher}) == []  # nothing is distilled
+    run = distilled()
+    (line,) = teacher_warnings(run, {"lidar": teacher, "label": teacher}, model_name="crn_r50")
+    assert "50.0 mAP, the baseline 47.2 (published, crn_r50)" in line or "47.3" in line
+    scored(teacher, 0.53)
+    assert teacher_warnings(run, {"lidar": teacher}, model_name="crn_r50") == []
+    (line,) = teacher_warnings(run, {"lidar": teacher}, model_name="tiny")
+    assert "no known baseline" in line
+    (teacher / "eval" / "metrics_summary.json").unlink()
+
+
+def test_settings_that_came_later_do_not_stop_a_resume(cache: Any, tmp_path: Path) -> None:
+    """A checkpoint written before ``sampling``, ``paste`` or a model setting existed continues."""
+    from pipelines.run import check_resumable
+
+    run = toy_run("student")
+    now = {**run.as_dict(), "global_batch": 2, "teachers": {}}
+    old = json.loads(json.dumps(now))
+    for key in ("sampling", "paste", "paste_off_epochs"):
+        del old["loader"][key]
+    del old["model"]["depth_net"], old["baseline"]
+    old["model"]["radar_drop"] = 0.0
+    check_resumable(old, now)
+    old["loader"]["sampling"] = "cbgs"
+    with pytest.raises(MismatchError, match=r"loader\.sampling"):
+        check_resumable(old, now)
