@@ -12,11 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imkd_data.errors import ImkdError, InputDataError, NoProgressError
+from imkd_data.errors import ImkdError, InputDataError, InterruptedBuildError, NoProgressError
 from imkd_data.loader.batch import Batch
 from imkd_data.recipe import canonical_json
 
-__all__ = ["EXIT_CODES", "StopSignals", "agree", "batch_tensors", "non_finite_error", "save_batch"]
+__all__ = [
+    "EXIT_CODES",
+    "StopSignals",
+    "agree",
+    "batch_tensors",
+    "elsewhere",
+    "interrupted",
+    "lost_rank",
+    "non_finite_error",
+    "save_batch",
+    "total",
+]
 
 # Signals that finish the step, write a checkpoint and leave with this exit code.
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 130, signal.SIGINT: 130}
@@ -53,6 +64,15 @@ def agree(value: int, device: torch.device) -> int:
         return value
     tensor = torch.tensor([value], device=device)
     torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+    return int(tensor.item())
+
+
+def total(value: int, device: torch.device) -> int:
+    """The sum over all ranks; every rank must call it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    tensor = torch.tensor([value], device=device)
+    torch.distributed.all_reduce(tensor)
     return int(tensor.item())
 
 
@@ -105,6 +125,34 @@ def non_finite_error(batch: Batch, terms: Mapping[str, Tensor], *, step: int, ou
         file=str(folder),
         kept="the last checkpoint is unchanged",
         next="inspect the saved batch; if the inputs are finite, lower optim.lr or set precision=32-true",
+    )
+
+
+def interrupted(number: int, step: int, steps: int) -> InterruptedBuildError:
+    """The error of a run that a stop signal ended after a whole step."""
+    return InterruptedBuildError(
+        f"stopped by {signal.Signals(number).name} after step {step} of {steps}",
+        signal_code=EXIT_CODES[signal.Signals(number)],
+        kept="the checkpoint of this step is written",
+        next="the same command with --resume continues",
+    )
+
+
+# How gloo and NCCL say that a peer's process is gone or silent; torch has no type of its own for gloo's.
+_LOST = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "timeout", "nccl", "gloo", "tcpstore")
+
+
+def lost_rank(error: RuntimeError) -> ImkdError | None:
+    """The readable error where a collective failed because another rank died or hangs; None for any other error."""
+    text = str(error)
+    if isinstance(error, ImkdError) or not any(word in text.lower() for word in _LOST):
+        return None
+    return NoProgressError(
+        "another rank died or hangs",
+        rule="train.lost_rank",
+        found=text.splitlines()[0][:200],
+        kept="the last checkpoint is unchanged",
+        next="see the message of that rank (memory? signal?), then run the same command with --resume",
     )
 
 

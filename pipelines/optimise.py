@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from imkd_data.errors import UsageError
 from pipelines.run import OptimConfig
 
-__all__ = ["Ema", "lr_factor", "make_optimiser"]
+__all__ = ["Ema", "lr_factor", "make_optimiser", "synchronised"]
 
 
 def make_optimiser(model: nn.Module, distiller: nn.Module | None, config: OptimConfig) -> torch.optim.AdamW:
@@ -46,6 +48,25 @@ def lr_factor(config: OptimConfig, step: int, *, total_steps: int, steps_per_epo
             return 0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * share / up))
         return 0.5 * (1 + math.cos(math.pi * (share - up) / max(1e-9, 1 - up)))
     return warm
+
+
+def synchronised(unit: nn.Module, device: torch.device, world: int) -> None:
+    """Turn every batch normalisation of the unit into one over all ranks, in place; names in the state dict stay.
+
+    Raises:
+        UsageError: on a CPU, where torch has none.
+    """
+    if device.type != "cuda":
+        raise UsageError(
+            "SyncBatchNorm needs GPUs",
+            rule="train.sync_batchnorm",
+            expected="--accelerator cuda",
+            found=device.type,
+            next="--set sync_batchnorm=off",
+        )
+    nn.SyncBatchNorm.convert_sync_batchnorm(unit)
+    layers = sum(isinstance(m, nn.SyncBatchNorm) for m in unit.modules())
+    print(f"batch norm: {layers} layers synchronised over {world} device{'s' if world > 1 else ''}", file=sys.stderr)
 
 
 class Ema:

@@ -13,14 +13,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from imkd_data.errors import MismatchError, RecipeError, UsageError
+from imkd_data.errors import RecipeError, UsageError
 from imkd_data.loader.augment import AugmentConfig
 from imkd_data.recipe import canonical_json
 
 if TYPE_CHECKING:
     from imkd_models.distill.base import Method
 
-__all__ = ["LoaderConfig", "OptimConfig", "Run", "check_resumable", "parse_settings"]
+__all__ = ["LoaderConfig", "OptimConfig", "Run", "parse_settings"]
 
 SCHEDULES = ("constant", "step", "cosine", "one_cycle")
 SAMPLINGS = ("uniform", "cbgs")
@@ -84,11 +84,11 @@ class Run:
     model: configuration of the network (``kind`` student | lidar | label | fusion). method, options: distillation, by name or
     as a ``Method`` of your own; the JSON form keeps its name, so resuming such a run needs the value again.
     batch_size: samples per device and step; global_batch: samples per optimiser step over all devices (0 = batch_size
-    times devices; the difference is made up by accumulation). sync_batchnorm: batch statistics over all GPUs. epochs or max_steps end the run (max_steps wins when set).
-    validate_every: steps between validations by the official metric, 0 = never. checkpoint_every: steps, 0 = at the end
-    of every epoch. baseline: checkpoint of the undistilled student, with which teachers are compared. stages: a run of
-    several networks trains them in order; a stage named ``teacher``, ``label`` or ``student`` gives its checkpoint to the
-    later ones.
+    times devices; the difference is made up by accumulation). epochs or max_steps end the run (max_steps wins when set).
+    sync_batchnorm: batch statistics over all GPUs. validate_every: steps between validations by the official metric,
+    0 = never. checkpoint_every: steps, 0 = at the end of every epoch. baseline: checkpoint of the undistilled student, with
+    which teachers are compared. stages: a run of several networks trains them in order; a stage named ``teacher``, ``label``
+    or ``student`` gives its checkpoint to the later ones.
     """
 
     name: str
@@ -343,63 +343,3 @@ def parse_settings(items: Iterable[str]) -> dict[str, str]:
             raise UsageError("--set needs key=value", found=item)
         out[key.strip()] = value.strip()
     return out
-
-
-# What may differ between the saved run and the resumed one; everything else is refused.
-FREE = frozenset(
-    {
-        "summary",
-        "baseline",
-        "checkpoint_every",
-        "keep",
-        "log_every",
-        "validate_every",
-        "tensorboard",
-        "max_steps",
-        "epochs",
-        "batch_size",
-    }
-)
-
-
-def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Compare two runs' JSON forms (with ``global_batch`` resolved). Errors: MismatchError with every difference."""
-    wrong = [
-        (path, a, b)
-        for path, a, b in _differences(_complete(saved), _complete(now))
-        if path.split(".")[0] not in FREE and path not in ("loader.workers",)
-    ]
-    for key in ("max_steps", "epochs"):
-        if now.get(key, 0) and saved.get(key, 0) and now[key] < saved[key]:
-            wrong.append((f"{key} (may only grow)", saved[key], now[key]))
-    if wrong:
-        raise MismatchError(
-            "the run was started with another configuration: " + ", ".join(p for p, _, _ in wrong),
-            expected="; ".join(f"{p} {a!r}" for p, a, _ in wrong),
-            found="; ".join(f"{p} {b!r}" for p, _, b in wrong),
-            next="resume with the saved values (they stand in checkpoint.json), or start anew in another --out",
-        )
-
-
-def _complete(run: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's JSON form with every setting stated, so that settings that came later do not differ from their absence."""
-    from imkd_models.presets import config_from_dict
-
-    known = {f.name for f in fields(Run)}
-    out = {
-        **run,
-        **Run.from_dict({k: v for k, v in run.items() if k in known}).as_dict(),
-        "global_batch": run.get("global_batch"),
-    }
-    if run.get("model"):
-        out["model"] = json.loads(canonical_json(config_from_dict(run["model"]).as_dict()))
-    return out
-
-
-def _differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        out = []
-        for key in sorted(set(a) | set(b)):
-            out += _differences(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))
-        return out
-    return [] if a == b else [(path, a, b)]

@@ -28,7 +28,8 @@ from pipelines.machine import Machine, accumulation, make_fabric
 from pipelines.measure import loader_values
 from pipelines.networks import Networks, TrainUnit, build_networks, use_cached_teachers
 from pipelines.optimise import Ema, lr_factor, make_optimiser, synchronised
-from pipelines.run import Run, check_resumable
+from pipelines.resumable import check_resumable
+from pipelines.run import Run
 from pipelines.sampling import make_paster, saved_rows
 from pipelines.strength import teacher_warnings
 from pipelines.trainlog import Meter, Tick, TrainLog
@@ -76,7 +77,7 @@ def train(
     Args:
         teachers: name -> checkpoint. resume: True continues ``out``; "auto" starts where nothing is yet.
         progress: called after every step. memory_limit: e.g. "22GiB", enforced on GPUs. dataroot: where the truth for
-        validation lies (``validate_every``).
+            validation lies (``validate_every``).
 
     Raises:
         UsageError: held-out rows, a folder that holds a run already. MissingFeatureError: cache or teachers lack

@@ -6,15 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from imkd_data.errors import UsageError
 from imkd_data.loader.stream import Stream
-from imkd_models.checkpoint import Checkpoint, load_checkpoint
+from imkd_models.checkpoint import Checkpoint, load_checkpoint, load_weights
+from pipelines.networks import TrainUnit
+from pipelines.optimise import Ema
 from pipelines.run import Run
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
 
-__all__ = ["cache_meta", "saved_run", "stage_teachers", "stream_meta"]
+__all__ = ["cache_meta", "restore", "saved_run", "stage_teachers", "stream_meta"]
 
 # Stage name -> the teacher name under which later stages use it.
 _TEACHER_OF_STAGE = {"teacher": "lidar", "label": "label", "fusion": "fusion"}
@@ -77,3 +81,20 @@ def saved_run(out: Path, resume: bool | str) -> Checkpoint | None:
             next="continue it with --resume, or choose another --out",
         )
     return None
+
+
+def restore(
+    saved: Checkpoint, unit: TrainUnit, optimiser: torch.optim.Optimizer, ema: Ema | None, stream: Stream, scaler: Any
+) -> int:
+    """Put a checkpoint's weights, averages, optimiser, loss scale and place in the data back; returns its step."""
+    state = saved.training
+    load_weights(unit.model, state["raw"] if ema is not None else saved.model, file=saved.path)
+    if ema is not None:
+        ema.load(saved.model)
+    if unit.distiller is not None:
+        load_weights(unit.distiller, saved.distiller or {}, file=saved.path)
+    optimiser.load_state_dict(state["optimiser"])
+    if "scaler" in state and scaler is not None:
+        scaler.load_state_dict(state["scaler"])
+    stream.load_state_dict(state["stream"])
+    return saved.step

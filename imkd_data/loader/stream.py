@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from imkd_data.loader.augment import IDENTITY, AugmentConfig
 from imkd_data.loader.batch import Batch
 from imkd_data.loader.deliver import Delivery
 from imkd_data.loader.order import Order, Shuffle, check_state, selection_hash
-from imkd_data.loader.read import SampleReader
+from imkd_data.loader.read import Packed, SampleReader
 from imkd_data.loader.request import StreamRequest, available_parts, check_request, normalised_parts
 from imkd_data.loader.rows import TRAIN_SPLITS, check_no_scene_in_two_splits, read_rows, select_rows
 from imkd_data.loader.work import LOOK_EVERY_S, Batches, Key, Keys, Source, arrived, one_thread, started
@@ -27,7 +27,9 @@ from imkd_data.loader.work import LOOK_EVERY_S, Batches, Key, Keys, Source, arri
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
 
-__all__ = ["Stream", "held_out_rows", "stream"]
+__all__ = ["OnBadSample", "Stream", "held_out_rows", "stream"]
+
+OnBadSample = Literal["stop", "skip"]
 
 
 class Stream:
@@ -35,7 +37,8 @@ class Stream:
     begins the next epoch. ``len`` = steps of a whole epoch on this rank.
 
     ``state_dict`` counts what was handed out; it holds the cache's identity, the selection, seed, epoch and samples
-    consumed, and is independent of ranks and workers.
+    consumed, and is independent of ranks and workers. ``skipped`` (token -> what was wrong) and ``skips`` (how often) say
+    what ``on_bad_sample="skip"`` left out on this rank.
     """
 
     def __init__(
@@ -52,13 +55,19 @@ class Stream:
         device: torch.device | str = "cpu",
         epoch: int = 0,
         timeout_s: float = 120.0,
+        on_bad_sample: OnBadSample = "stop",
     ) -> None:
+        if on_bad_sample not in ("stop", "skip"):
+            raise UsageError("on_bad_sample", expected="stop or skip", found=str(on_bad_sample))
         if batch_size < 1 or not 0 <= rank < world:
             raise UsageError("batch_size must be at least 1 and rank in 0..world-1", found=f"{batch_size}, {rank} of {world}")
         self.cache, self.request, self.order = cache, request, order
         self.batch_size, self.rank, self.world, self.workers = batch_size, rank, world, workers
         self.drop_last, self.device, self.timeout_s = drop_last, torch.device(device), timeout_s
         self.epoch, self.consumed = epoch, 0
+        self.on_bad_sample = on_bad_sample
+        self.skipped: dict[str, str] = {}
+        self.skips = 0
         fixed = order.shuffle == "none" and not request.augment.enabled
         keep = 1 - min(request.history) if fixed and len(request.history) > 1 else 0
         self.reader = SampleReader(cache, read_rows(cache), request, seed=order.seed, keep_keyframes=keep)
@@ -136,10 +145,10 @@ class Stream:
             yield batch
 
     def _delivered(self, keys: Callable[[], Iterator[Key]]) -> Iterator[Batch]:
-        source = Source(self.reader, self.order, self.batch_size)
+        source = Source(self.reader, self.order, self.batch_size, self.on_bad_sample == "skip")
         if self.workers == 0:
             for key in keys():
-                yield self.delivery.batch(source.packed(key), self.device)
+                yield self._delivery_of(source.packed(key))
             return
         loader = torch.utils.data.DataLoader(
             Batches(source),
@@ -160,7 +169,12 @@ class Stream:
                 raise self._worker_error(error, source, key) from error
             if isinstance(value, ImkdError):
                 raise value
-            yield self.delivery.batch(value, self.device)
+            yield self._delivery_of(value)
+
+    def _delivery_of(self, packed: Packed) -> Batch:
+        self.skipped.update(packed.skipped)
+        self.skips += len(packed.skipped)
+        return self.delivery.batch(packed, self.device)
 
     def _worker_error(self, error: Exception, source: Source, key: Key) -> ImkdError:
         """A worker that died or hung: say what it was doing."""
@@ -220,6 +234,7 @@ def stream(
     intensity_from: str = "planes",
     device: torch.device | str = "cpu",
     timeout_s: float = 120.0,
+    on_bad_sample: OnBadSample = "stop",
 ) -> Stream:
     """Batches of a cache, in frame bev, for any torch loop.
 
@@ -235,6 +250,8 @@ def stream(
         grid: grid of the intensity map, default the cache's view grid.
         drop_last: drop the last incomplete global batch; False pads it with rows marked in ``padding_B``.
         rows: an explicit selection (global row numbers, repetition allowed) instead of a split.
+        on_bad_sample: ``stop`` raises the error of a damaged sample; ``skip`` puts the next position's sample in its place
+            and remembers the token in ``Stream.skipped``.
 
     Raises:
         MissingFeatureError: the cache lacks a field; names the command that adds it. UsageError, MismatchError: else.
@@ -273,6 +290,7 @@ def stream(
         device=device,
         epoch=epoch,
         timeout_s=timeout_s,
+        on_bad_sample=on_bad_sample,
     )
 
 

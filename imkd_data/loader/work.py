@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from imkd_data.errors import ImkdError
+from imkd_data.errors import CacheDamageError, ImkdError, InputDataError
 from imkd_data.loader.order import Order
 from imkd_data.loader.read import Packed, SampleReader, pack
 
@@ -29,15 +29,22 @@ __all__ = ["LOOK_EVERY_S", "Batches", "Key", "Keys", "Source", "arrived", "one_t
 Key = tuple[int, int]
 
 LOOK_EVERY_S = 5.0  # between two looks at whether the workers live
+MOST_SKIPS = 16  # neighbours tried in place of a damaged sample
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
-    """Key -> packed batch. The only thing that is sent to a worker."""
+    """Key -> packed batch. The only thing that is sent to a worker.
+
+    skip_bad: a sample whose data are damaged gives its place to the next position's sample (of the same epoch, around the
+    end), with the place's own augmentation. That is arithmetic too: every rank keeps its count, and a resumed or re-ranked
+    run replaces alike.
+    """
 
     reader: SampleReader
     order: Order
     batch_size: int
+    skip_bad: bool = False
 
     def _rows(self, key: Key) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
         epoch, first = key
@@ -54,14 +61,37 @@ class Source:
         rows, positions, padding = self._rows(key)
         shape = self.reader.image_shape
         images = None if shape is None else _buffer((len(rows), *shape))
-        samples = []
+        samples, tokens, skipped = [], [], list[tuple[str, str]]()
         for i, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
             into = None if images is None else images[i]
-            samples.append(self.reader.read(row, epoch=key[0], position=position, images=into))
-        out = pack(samples, [self.reader.cache.token(int(r)) for r in rows], images)
+            row, sample = self._sample(row, key[0], position, into, skipped)
+            samples.append(sample)
+            tokens.append(self.reader.cache.token(row))
+        out = pack(samples, tokens, images)
+        out.skipped = tuple(skipped)
         if padding.any():
             out.tensors["padding"] = torch.from_numpy(padding)
         return out
+
+    def _sample(
+        self, row: int, epoch: int, position: int, into: Tensor | None, skipped: list[tuple[str, str]]
+    ) -> tuple[int, dict[str, Any]]:
+        """The sample of a position and its row; where it is damaged and may be skipped, the next whole one."""
+        for further in range(1, MOST_SKIPS + 1):
+            try:
+                return row, self.reader.read(row, epoch=epoch, position=position, images=into)
+            except (CacheDamageError, InputDataError) as error:
+                if not self.skip_bad:
+                    raise
+                skipped.append((self.reader.cache.token(row), f"{type(error).__name__}: {error.what}"))
+                last = error
+            row = int(self.order.at(epoch, [(position + further) % len(self.order)])[0])
+        raise CacheDamageError(
+            f"{MOST_SKIPS} samples in a row are damaged",
+            rule="loader.skip",
+            token=", ".join(t for t, _ in skipped[-MOST_SKIPS:]),
+            next="imkd-data verify CACHE, then repair it",
+        ) from last
 
 
 def _buffer(shape: tuple[int, ...]) -> Tensor:

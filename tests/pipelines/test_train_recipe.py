@@ -199,7 +199,7 @@ def test_what_a_teacher_is_compared_with(teacher: Path) -> None:
 
 def test_settings_that_came_later_do_not_stop_a_resume(cache: Any, tmp_path: Path) -> None:
     """A checkpoint written before ``sampling``, ``paste`` or a model setting existed continues."""
-    from pipelines.run import check_resumable
+    from pipelines.resumable import check_resumable
 
     run = toy_run("student")
     now = {**run.as_dict(), "global_batch": 2, "teachers": {}}
