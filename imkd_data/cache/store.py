@@ -75,7 +75,7 @@ class Cache:
     Attributes:
         path, recipe, suite, id: folder, what was asked for, the data set's sensors, identity of the content.
         fields: name -> CacheField. index: pyarrow Table, one line per sample (see FORMAT.md; without the annotation tokens,
-        which ``annotation_tokens`` gives).
+            which ``annotation_tokens`` gives).
 
     Rows are global row numbers ``shard * rows_per_shard + position``, the row in the Zarr arrays. Numbers between shards
     that hold no sample are never given out by ``rows``.

@@ -76,7 +76,8 @@ def check_needs(needs: Needs, student: Any, teachers: Mapping[str, Any], batch: 
     """Refuse, before the first step, what a method would miss later.
 
     Args:
-        student, teachers: networks with ``feature_shapes`` (and ``head``), or mappings of their shapes.
+        student: a network with ``feature_shapes`` (and ``head``), or a mapping of its shapes.
+        teachers: the same by name.
         batch: the parts the stream will deliver; None leaves the batch unchecked.
 
     Raises:
