@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from cli.bench_distill import distill
+from cli.bench_latency import latency
 
 __all__ = ["COMMANDS"]
 
@@ -174,5 +175,6 @@ def bench_step(
 
 
 bench.add_command(distill)
+bench.add_command(latency)
 
 COMMANDS: tuple[click.Command, ...] = (demo, import_, export, cache_teacher, bench)

@@ -28,8 +28,8 @@ def deformable_sample(values: Sequence[Tensor], locations_BQHLP2: Tensor, weight
     for level, value in enumerate(values):
         _, channels, ny, nx = value.shape
         per_head = value.reshape(batch * heads, channels // heads, ny, nx)
-        size = locations_BQHLP2.new_tensor([nx, ny])
-        place = (locations_BQHLP2[:, :, :, level].transpose(1, 2).flatten(0, 1) * 2 + 1) / size - 1  # (BH, Q, P, 2)
+        u, v = (locations_BQHLP2[:, :, :, level].transpose(1, 2).flatten(0, 1) * 2 + 1).unbind(-1)
+        place = torch.stack([u / nx - 1, v / ny - 1], dim=-1)  # (BH, Q, P, 2)
         sampled = nn.functional.grid_sample(per_head, place.to(per_head.dtype), align_corners=False)
         weight = weights_BQHLP[:, :, :, level].transpose(1, 2).reshape(batch * heads, 1, queries, points)
         part = (sampled * weight).sum(-1)

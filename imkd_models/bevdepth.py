@@ -38,8 +38,7 @@ class DeformConv(nn.Module):
         tap = torch.arange(9, device=x.device)
         rows = torch.arange(height, device=x.device)[:, None] + (tap // 3 - 1)[:, None, None] + offset[:, :, 0]
         columns = torch.arange(width, device=x.device) + (tap % 3 - 1)[:, None, None] + offset[:, :, 1]
-        size = rows.new_tensor([width, height])
-        place = (torch.stack([columns, rows], dim=-1) * 2 + 1) / size - 1  # (N, 9, H, W, 2)
+        place = torch.stack([(2 * columns + 1) / width - 1, (2 * rows + 1) / height - 1], dim=-1)  # (N, 9, H, W, 2)
         taps = nn.functional.grid_sample(x, place.flatten(1, 2).to(x.dtype), align_corners=False)
         taps = taps.view(n, self.groups, channels // self.groups, 9, height * width)
         weight = self.weight.view(self.groups, -1, channels // self.groups, 9).to(taps.dtype)
@@ -116,12 +115,12 @@ def camera_values(
     left, top = max(0, int(full_w * scale) - width) // 2, int(full_h * scale) - height
     with torch.autocast(bev_from_camera_BV44.device.type, enabled=False):
         image33, augment = image_from_camera_BV33.float(), bev_from_ego_B44.float()
-        ida = image33.new_tensor([[scale, 0, -left], [0, scale, -top], [0, 0, 1]])
-        k = inverse44(ida) @ image33
+        u, v, last = image33.unbind(-2)
+        k = torch.stack([(u + left * last) / scale, (v + top * last) / scale, last], dim=-2)
         pose = inverse44(augment)[:, None] @ bev_from_camera_BV44.float()
         views = pose.shape[1]
         intrinsics = torch.stack([k[..., 0, 0], k[..., 1, 1], k[..., 0, 2], k[..., 1, 2]], dim=-1)
-        image = ida[:2].flatten().expand(*k.shape[:2], 6)
+        image = torch.stack([k.new_full(k.shape[:2], x) for x in (scale, 0, -left, 0, scale, -top)], dim=-1)
         bev = torch.stack([augment[:, i, j] for i, j in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 2))], dim=-1)
         parts = [intrinsics, image, bev[:, None].expand(-1, views, -1), pose[..., :3, :].flatten(2)]
         return torch.cat(parts, dim=-1).flatten(0, 1)

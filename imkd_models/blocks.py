@@ -193,12 +193,12 @@ def cell_index(xy_m: Tensor, grid: BevGrid, *, truncate: bool = False) -> tuple[
     """
     xy = torch.nan_to_num(xy_m.double(), nan=1e9, posinf=1e9, neginf=-1e9)
     if truncate:
-        low = xy.new_tensor([grid.x_min_m, grid.y_min_m])
-        index = torch.trunc((xy - low) / grid.cell_m).long()
+        column = torch.trunc((xy[..., 0] - grid.x_min_m) / grid.cell_m).long()
+        row = torch.trunc((xy[..., 1] - grid.y_min_m) / grid.cell_m).long()
     else:
-        low_mm = torch.tensor([grid.x_min_mm, grid.y_min_mm], device=xy.device)
-        index = torch.div(torch.floor(xy * 1000).long() - low_mm, grid.cell_mm, rounding_mode="floor")
-    column, row = index[..., 0], index[..., 1]
+        mm = torch.floor(xy * 1000).long()
+        column = torch.div(mm[..., 0] - grid.x_min_mm, grid.cell_mm, rounding_mode="floor")
+        row = torch.div(mm[..., 1] - grid.y_min_mm, grid.cell_mm, rounding_mode="floor")
     inside = (row >= 0) & (row < grid.ny) & (column >= 0) & (column < grid.nx)
     return row, column, inside
 
@@ -216,9 +216,10 @@ def first_points(values: Tensor, cell: Tensor, most: int) -> tuple[Tensor, Tenso
 
 
 def inverse44(matrix: Tensor) -> Tensor:
-    """Inverse of (..., 4, 4) or (..., 3, 3) transforms in float32, also under autocast."""
+    """Inverse of (..., 4, 4) or (..., 3, 3) transforms in float32, also under autocast. Does not wait for the device, so it
+    can be part of a CUDA graph."""
     with torch.autocast(matrix.device.type, enabled=False):
-        return torch.linalg.inv(matrix.float())
+        return torch.linalg.inv_ex(matrix.float())[0]
 
 
 class StepCounts:

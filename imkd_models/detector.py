@@ -317,7 +317,7 @@ class StudentDetector(Detector):
             keyframes = [maps["bev_fused"], *past]
             maps["bev_fused"] = torch.cat(keyframes, dim=1) if self.time is None else self.time(keyframes)
         maps.update(self.trunk(maps["bev_fused"]))
-        return Outputs(features=maps, head=self.head.maps(maps["bev_neck"]), grid=self.grid, depth_BVDHW=depth)
+        return Outputs(features=maps, head=self.head(maps["bev_neck"]), grid=self.grid, depth_BVDHW=depth)
 
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Detection terms and, with a camera branch and a weight above 0, the depth term."""
@@ -360,7 +360,7 @@ class LidarDetector(Detector):
         check_grid(self.grid, batch)
         need(batch, "lidar")
         features = self.lidar(batch.lidar, len(batch))
-        return Outputs(features=features, head=self.head.maps(features["bev_neck"]), grid=self.grid)
+        return Outputs(features=features, head=self.head(features["bev_neck"]), grid=self.grid)
 
     def read_neck(self, stages: dict[str, Tensor]) -> Tensor:
         return self.lidar.read_neck(stages)
@@ -405,5 +405,5 @@ class FusionDetector(Detector):
         maps = {"bev_lidar": self.lidar_map(self.lidar(batch.lidar, count)["bev_neck"]), "bev_camera": seen}
         maps.update(self.fuser(maps))
         maps.update(self.trunk(maps["bev_fused"]))
-        head = self.head.maps(maps["bev_neck"])
+        head = self.head(maps["bev_neck"])
         return Outputs(features=maps, head=head, grid=self.grid, depth_BVDHW=depth.unflatten(0, (count, -1)))

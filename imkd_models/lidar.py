@@ -68,7 +68,8 @@ class PillarEncoder(nn.Module):
             values, cell, row, column = values[inside], cell[inside], row[inside], column[inside]
         xyz = values[:, :3]
         mean = pillar_mean(xyz, cell, num + 1)[cell]
-        centre = (torch.stack([column, row], dim=-1) + 0.5) * grid.cell_m + xyz.new_tensor([grid.x_min_m, grid.y_min_m])
+        x, y = (column + 0.5) * grid.cell_m + grid.x_min_m, (row + 0.5) * grid.cell_m + grid.y_min_m
+        centre = torch.stack([x, y], dim=-1)
         middle = torch.full_like(xyz[:, :1], sum(c.z_range_m) / 2)
         to_centre = (xyz - torch.cat([centre, middle], dim=1))[:, : c.pillar_centre_values]
         features = torch.cat([values, xyz - mean, to_centre], dim=1)

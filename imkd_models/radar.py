@@ -267,11 +267,13 @@ class BevRadarEncoder(nn.Module):
             points = {key: value[inside] for key, value in points.items()}
             row, column, inside = row[inside], column[inside], inside[inside]
         xyz = points["xyz"]
-        low = xyz.new_tensor([grid.x_min_m, grid.y_min_m, self.config.z_range_m[0]])
-        high = xyz.new_tensor([grid.x_max_m, grid.y_max_m, self.config.z_range_m[1]])
-        offset = (xyz[:, :2] - low[:2]) / grid.cell_m - torch.stack([column, row], dim=-1) - 0.5
+        spans = ((grid.x_min_m, grid.x_max_m), (grid.y_min_m, grid.y_max_m), self.config.z_range_m)
+        shares = torch.stack([(xyz[:, i] - low) / (high - low) for i, (low, high) in enumerate(spans)], dim=1)
+        along_x = (xyz[:, 0] - grid.x_min_m) / grid.cell_m - column - 0.5
+        along_y = (xyz[:, 1] - grid.y_min_m) / grid.cell_m - row - 0.5
         rcs = (points["rcs"] - RCS_MEAN_DBSM) / RCS_STD_DBSM
-        parts = [(xyz - low) / (high - low), rcs[:, None], points["velocity"] / 10, points["age"][:, None], offset]
+        offset = torch.stack([along_x, along_y], dim=1)
+        parts = [shares, rcs[:, None], points["velocity"] / 10, points["age"][:, None], offset]
         if self.config.radar_states:
             parts.append(_states(points["features"], radar.feature_names))
         num = batch * grid.ny * grid.nx
@@ -292,7 +294,7 @@ def _states(features: Tensor, names: tuple[str, ...]) -> Tensor:
     parts = []
     for name, count in STATE_COLUMNS:
         value = torch.nan_to_num(features[:, names.index(name)]).long().clamp(0, count - 1)
-        parts.append(nn.functional.one_hot(value, count).float())
+        parts.append((value[:, None] == torch.arange(count, device=value.device)).float())  # one_hot would wait for the device
     bits = torch.arange(PDH0_BITS, device=features.device)
     parts.append((features[:, names.index("pdh0"), None] > bits).float())
     return torch.cat(parts, dim=1)

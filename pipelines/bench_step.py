@@ -20,7 +20,7 @@ from pipelines.run import Run
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
 
-__all__ = ["run_step_bench", "step_table"]
+__all__ = ["PARTS", "copy_rate", "matmul_flops", "run_step_bench", "step_table"]
 
 
 class _Spans:
@@ -55,7 +55,7 @@ class _Spans:
         module.register_forward_hook(lambda *_: self.leave())
 
 
-_PARTS: Mapping[str, tuple[str, ...]] = {
+PARTS: Mapping[str, tuple[str, ...]] = {
     "image": ("camera.image", "camera.depth", "camera.sparse_depth"),
     "view": ("camera.view",),
     "radar": ("radar", "calibration"),
@@ -92,7 +92,7 @@ def run_step_bench(
     plain = TrainUnit(networks)
     on_gpu = fabric.device.type == "cuda"
     spans = _Spans(on_gpu)
-    for part, names in _PARTS.items():
+    for part, names in PARTS.items():
         for name, module in networks.model.named_modules():
             if name in names:
                 spans.watch(module, part)
@@ -125,7 +125,7 @@ def run_step_bench(
     parts = {k: v / steps for k, v in sorted(spans.total.items(), key=lambda i: -i[1])}
     total = sum(parts.values())
     macs = counted(run)["macs"]
-    ceiling = _matmul_flops(fabric.device, run.precision)
+    ceiling = matmul_flops(fabric.device, run.precision)
     useful = None if macs is None else 6.0 * macs * run.batch_size  # forward and twice that backward, 2 FLOP each
     return {
         "v": 1,
@@ -141,13 +141,13 @@ def run_step_bench(
         "parts_s": parts,
         "matmul_flops": ceiling,
         "share_of_matmul_ceiling": None if useful is None else useful / total / ceiling,
-        "copy_bytes_per_s": _copy_rate(fabric.device),
+        "copy_bytes_per_s": copy_rate(fabric.device),
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "identity": canonical_json(run.as_dict()).decode().strip(),
     }
 
 
-def _matmul_flops(device: torch.device, precision: str, size: int = 1024) -> float:
+def matmul_flops(device: torch.device, precision: str, size: int = 1024) -> float:
     """Measured matmul rate of this device in the run's precision, FLOP/s."""
     if device.type == "cuda":
         size = 8192
@@ -162,7 +162,7 @@ def _matmul_flops(device: torch.device, precision: str, size: int = 1024) -> flo
     return 2.0 * size**3 * count / (time.perf_counter() - begun)
 
 
-def _copy_rate(device: torch.device, size: int = 1 << 26) -> float:
+def copy_rate(device: torch.device, size: int = 1 << 26) -> float:
     """Measured memory copy on the device, bytes read and written per second."""
     a = torch.empty(size, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)

@@ -26,7 +26,7 @@ from imkd_models.config import FusionConfig, LabelConfig, ModelConfig, StudentCo
 from imkd_models.presets import build_model, config_from_dict
 from pipelines.run import Run
 
-__all__ = ["blank_batch", "count_cost", "counted", "resolved_config", "write_table"]
+__all__ = ["MacCounter", "blank_batch", "count_cost", "counted", "resolved_config", "write_table"]
 
 _TABLE = Path(__file__).with_name("macs.json")
 
@@ -158,7 +158,7 @@ def _no_points(names: tuple[str, ...]) -> PointBatch:
     )
 
 
-class _MacCounter(TorchDispatchMode):
+class MacCounter(TorchDispatchMode):
     """Counts convolutions and matrix products and answers them with zeros of the right shape."""
 
     def __init__(self) -> None:
@@ -213,7 +213,7 @@ def count_cost(config: ModelConfig) -> tuple[int, int] | None:
     if isinstance(config, LabelConfig):
         return None
     model: nn.Module = build_model(config, pretrained=False).train()
-    batch, counter, kept = blank_batch(config), _MacCounter(), _Kept(model)
+    batch, counter, kept = blank_batch(config), MacCounter(), _Kept(model)
     with counter, torch.autograd.graph.saved_tensors_hooks(kept.pack, _nothing):
         model(batch)
     return counter.macs, kept.bytes
