@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,17 @@ def export(
             bar.update(done, text)
 
         EXPORTS[kind](opened, out, rows=rows, dataroot=root, as_released=as_released, progress=tell)
-    screen.say(f"{len(rows):,} samples written to {out}; the licence of the source data applies (NOTICE)")
-    screen.emit("exported", to=kind, out=str(out), samples=len(rows))
+    receipt = json.loads((out / "imkd-export.json").read_bytes())
+    edge = receipt.get("rows_within_a_step_of_a_filter_edge", {})
+    if receipt["level"] == "cache-only":
+        where = ", ".join(f"{count:,} rows of {name}" for name, count in edge.items())
+        screen.say(
+            f"cache-only: within half a stored step of the raw data; at a filter's edge, may be on its other side: {where}"
+        )
+    elif receipt["level"] == "exact":
+        screen.say(f"exact: recomputed from the raw data{', with the released defects' if as_released else ''}")
+    screen.say(f"{len(rows):,} samples written to {out} and verified; the licence of the source data applies (NOTICE)")
+    screen.emit("exported", to=kind, out=str(out), samples=len(rows), level=receipt["level"], edge=edge)
 
 
 @click.command()

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imkd_data.cache.export_folder import ExportFolder
-from imkd_data.errors import UsageError
+from imkd_data.errors import MismatchError, UsageError
 from imkd_data.fields.radar import radar_filter_mask
 from imkd_data.readers.nuscenes import NuScenesReader, open_nuscenes
 from imkd_data.sample import Sample
@@ -27,7 +27,7 @@ from imkd_data.views.released import Cloud32, image_points, rotation_of, transfo
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
 
-__all__ = ["CrnExact", "export_bevdepth", "export_crn", "raw_reader"]
+__all__ = ["CrnExact", "all_there", "export_bevdepth", "export_crn", "raw_reader"]
 
 Progress = Callable[[int, int, str], None]
 Rows = Sequence[int] | NDArray[np.int64]
@@ -285,7 +285,21 @@ def _write_exact(
             done += 1
             if progress:
                 progress(done, len(wanted), scene)
+    all_there(done, len(wanted), exact.reader)
     folder.put("infos", _info_files(infos))
+
+
+def all_there(found: int, wanted: int, reader: NuScenesReader) -> None:
+    """MismatchError where the raw tables lack samples of the cache: another data set, or a part of it."""
+    if found != wanted:
+        raise MismatchError(
+            "the raw data are not those of the cache",
+            rule="export.source",
+            expected=f"{wanted:,} samples of the cache",
+            found=f"{found:,} of them in the tables",
+            file=str(reader.dataroot),
+            next="pass the --dataroot that the cache was built from",
+        )
 
 
 def _write_stored(

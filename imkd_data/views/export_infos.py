@@ -18,7 +18,7 @@ from imkd_data.cache.export_folder import ExportFolder
 from imkd_data.classes import CLASS_FROM_CATEGORY
 from imkd_data.errors import UsageError
 from imkd_data.sample import Sample
-from imkd_data.views.export_crn import raw_reader
+from imkd_data.views.export_crn import all_there, raw_reader
 from imkd_data.views.lidar import RawView
 from imkd_data.views.records import Records, pickled
 from imkd_data.views.released import rotation_of
@@ -138,7 +138,7 @@ def _export(
         raise UsageError(
             f"--to {kind} needs --dataroot: its info files point to the raw files",
             rule="export.raw",
-            next=f'or read the cache itself: cache.view("{kind}")',
+            next=f'add --dataroot, or read the cache itself: cache.view("{kind}")',
         )
     _LidarReference(cache)
     radar = kind == "bevfusion"
@@ -157,6 +157,7 @@ def _export(
                     done += 1
                     if progress:
                         progress(done, len(wanted), scene)
+        all_there(done, len(wanted), reader)
         files = {}
         for split, chosen in infos.items():
             number = {info["token"]: i for i, info in enumerate(chosen)}

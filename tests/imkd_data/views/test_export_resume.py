@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from imkd_data.errors import LockedError, StorageError, UsageError
+from imkd_data.errors import LockedError, MismatchError, StorageError, UsageError
 from imkd_data.views import EXPORTS
 
 REPO = Path(__file__).resolve().parents[3]
@@ -143,6 +143,14 @@ def test_webdataset_is_self_contained(cache: Any, tmp_path: Path) -> None:
             np.testing.assert_allclose(radar[name], ours[name], atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("kind", ["crn", "mmdet3d"])
+def test_other_raw_data_are_refused(cache: Any, synthetic_world: Path, tmp_path: Path, kind: str) -> None:
+    """The same scene names, other samples: nothing half is called whole."""
+    with pytest.raises(MismatchError, match="not those of the cache"):
+        EXPORTS[kind](cache, tmp_path, rows=cache.rows(), dataroot=synthetic_world)
+    assert not (tmp_path / "imkd-export.json").exists()
+
+
 def test_the_command_line(cache: Any, raw_root: Path, tmp_path: Path) -> None:
     """--select, a selection that finds nothing, --as-released without raw data: one clear line each."""
 
@@ -157,6 +165,8 @@ def test_the_command_line(cache: Any, raw_root: Path, tmp_path: Path) -> None:
     done = run("--to", "crn", "--out", tmp_path / "c", "--as-released")
     assert done.returncode == 2 and done.stderr.startswith("error: --as-released needs the raw data"), done.stderr
     assert "--dataroot" in done.stderr and not (tmp_path / "c").exists()
+    done = run("--to", "bevdepth", "--out", tmp_path / "d")
+    assert done.returncode == 0 and "cache-only" in done.stderr and "rows of depth_gt" in done.stderr
     done = run("--to", "webdataset", "--out", tmp_path / "w", "--select", "location = 'singapore'")
     assert done.returncode == 2 and "error: no sample matches" in done.stderr and "synthetic-town" in done.stderr
     done = run("--to", "webdataset", "--out", tmp_path / "w", "--select", "nun_radar > 5")
