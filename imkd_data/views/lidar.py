@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imkd_data.classes import DETECTION_CLASSES
+from imkd_data.errors import UsageError
 from imkd_data.geometry import Pose
 from imkd_data.sample import Boxes
 from imkd_data.views.base import View
@@ -74,19 +76,30 @@ class OpenPcdetView(View):
 
 class Mmdet3dView(OpenPcdetView):
     """mmdetection3d 1.x LiDAR boxes: ``gt_bboxes_3d`` (M, 9) x, y, z of the *bottom* face, l, w, h, yaw, vx, vy;
-    ``gt_labels_3d``; points as for OpenPCDet."""
+    ``gt_labels_3d`` numbers of ``classes``, ``gt_names``; points as for OpenPCDet.
+
+    classes: the class list of the model. Its CenterPoint configurations use the order of ``DETECTION_CLASSES`` (default), its
+    dataset's own METAINFO another one. Boxes of classes that are not in the list are left out.
+    """
 
     name = "mmdet3d"
+
+    def __init__(self, cache: Cache, *, sweeps: int = 10, classes: Sequence[str] = DETECTION_CLASSES) -> None:
+        super().__init__(cache, sweeps=sweeps)
+        unknown = sorted(set(classes) - set(DETECTION_CLASSES))
+        if unknown:
+            raise UsageError("unknown classes", expected=", ".join(DETECTION_CLASSES), found=", ".join(unknown))
+        self.classes = tuple(classes)
 
     def sample(self, row: int) -> dict[str, Any]:
         """See the class."""
         out = super().sample(row)
         if "gt_boxes" in out:
-            boxes = out.pop("gt_boxes")
+            known = np.isin(out["gt_names"], self.classes)
+            boxes, out["gt_names"] = out.pop("gt_boxes")[known], out["gt_names"][known]
             boxes[:, 2] -= boxes[:, 5] / 2
-            names = out.pop("gt_names")
             out["gt_bboxes_3d"] = boxes
-            out["gt_labels_3d"] = np.array([DETECTION_CLASSES.index(n) for n in names], dtype=np.int64)
+            out["gt_labels_3d"] = np.array([self.classes.index(n) for n in out["gt_names"]], dtype=np.int64)
         return out
 
 

@@ -155,6 +155,12 @@ def test_lidar_views(cache: Any, nusc: Any, record: Record, row: int) -> None:
     bottom = cache.view("mmdet3d").sample(row)
     np.testing.assert_allclose(bottom["gt_bboxes_3d"][:, 2], ours["gt_boxes"][:, 2] - ours["gt_boxes"][:, 5] / 2, atol=1e-6)
     assert [DETECTION_CLASSES[i] for i in bottom["gt_labels_3d"]] == ours["gt_names"].tolist()
+    few = ("pedestrian", "car")  # another list, another order: the numbers follow it
+    chosen = cache.view("mmdet3d", classes=few).sample(row)
+    assert [few[i] for i in chosen["gt_labels_3d"]] == [n for n in ours["gt_names"] if n in few] == chosen["gt_names"].tolist()
+    assert 0 < len(chosen["gt_bboxes_3d"]) < len(bottom["gt_bboxes_3d"])
+    with pytest.raises(UsageError, match="unknown classes"):
+        cache.view("mmdet3d", classes=("car", "tram"))
 
 
 def test_boxes_hold_their_points_in_the_lidar_frame(cache: Any, row: int) -> None:
