@@ -7,7 +7,7 @@ Frames: ``global``; ``ego`` = ego vehicle at the sample's key time (x forward, y
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -98,12 +98,29 @@ class Pose:
     src: str
     rotation: F64
     translation_m: F64
+    _row: F64 | None = field(default=None, init=False, repr=False)  # ``matrix34`` where it is known
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rotation", frozen_array(self.rotation, np.float64))
         object.__setattr__(self, "translation_m", frozen_array(self.translation_m, np.float64))
         if self.rotation.shape != (3, 3) or self.translation_m.shape != (3,):
             raise ValueError(f"Pose needs (3, 3) and (3,), got {self.rotation.shape} and {self.translation_m.shape}")
+
+    @classmethod
+    def many(cls, dst: list[str], src: list[str], rotation: F64, translation_m: F64) -> list[Pose]:
+        """Poses from stacks (K, 3, 3) and (K, 3), checked once: a sample has a hundred of them."""
+        rotation, translation_m = frozen_array(rotation, np.float64), frozen_array(translation_m, np.float64)
+        if rotation.shape != (len(src), 3, 3) or translation_m.shape != (len(src), 3) or len(dst) != len(src):
+            raise ValueError(f"Pose.many needs (K, 3, 3) and (K, 3), got {rotation.shape} and {translation_m.shape}")
+        rows = np.concatenate([rotation, translation_m[:, :, None]], axis=2).reshape(-1, 12)
+        rows.flags.writeable = False
+        out = []
+        for values in zip(dst, src, rotation, translation_m, rows, strict=True):
+            pose = object.__new__(cls)
+            for setter, value in zip(_SETTERS, values, strict=True):
+                setter(pose, value)
+            out.append(pose)
+        return out
 
     @classmethod
     def from_quaternion(cls, dst: str, src: str, wxyz: ArrayLike, translation_m: ArrayLike) -> Pose:
@@ -158,7 +175,11 @@ class Pose:
 
     def matrix34(self) -> F64:
         """(12,) first three rows, row major: the form stored in caches."""
-        return self.matrix()[:3].reshape(12)
+        if self._row is not None:
+            return self._row
+        m = np.empty((3, 4))
+        m[:, :3], m[:, 3] = self.rotation, self.translation_m
+        return m.reshape(12)
 
     def yaw_rad(self) -> float:
         """Heading of src's x axis in dst."""
@@ -167,6 +188,9 @@ class Pose:
     def renamed(self, *, dst: str | None = None, src: str | None = None) -> Pose:
         """The same numbers under other frame names; use only where two names mean one frame."""
         return replace(self, dst=dst or self.dst, src=src or self.src)
+
+
+_SETTERS = tuple(getattr(Pose, item.name).__set__ for item in fields(Pose))  # the slots of a frozen class, for ``Pose.many``
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

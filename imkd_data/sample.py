@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
@@ -11,15 +12,28 @@ from numpy.typing import NDArray
 
 from imkd_data.geometry import Camera, Pose, frozen_array
 
-__all__ = ["Boxes", "ImageFrame", "Payload", "Points", "Reader", "Sample", "SensorSuite", "Sweep", "freeze"]
+__all__ = ["Boxes", "ImageFrame", "Payload", "Points", "Reader", "Sample", "SensorSuite", "Sweep", "freeze", "same_everywhere"]
+
+
+@functools.cache
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(item.name for item in fields(kind))
 
 
 def freeze(instance: Any) -> None:
     """Set every array of a frozen dataclass read-only (copying writeable ones)."""
-    for item in fields(instance):
-        value = getattr(instance, item.name)
-        if isinstance(value, np.ndarray):
-            object.__setattr__(instance, item.name, frozen_array(value))
+    kind: Any = type(instance)
+    for name in _names(kind):
+        value = getattr(instance, name)
+        if isinstance(value, np.ndarray) and value.flags.writeable:
+            object.__setattr__(instance, name, frozen_array(value))
+
+
+def same_everywhere(value: float, n: int) -> NDArray[np.float32]:
+    """(n,) f32 that is one number n times, without the memory of it."""
+    one = np.array([value], dtype=np.float32)
+    one.flags.writeable = False
+    return np.ndarray((n,), dtype=np.float32, buffer=one, strides=(0,))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -20,7 +20,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "imkd_data.sample": ("imkd_data.geometry", "imkd_data.errors", "imkd_data.classes"),
     "imkd_data.recipe": ("imkd_data.geometry", "imkd_data.errors"),
     "imkd_data.kernels": ("imkd_data.sample", "imkd_data.geometry", "imkd_data.errors", "imkd_data.classes"),
-    "imkd_data.readers": ("imkd_data.sample", "imkd_data.geometry", "imkd_data.errors", "imkd_data.classes"),
+    "imkd_data.readers": (
+        "imkd_data.kernels",
+        "imkd_data.sample",
+        "imkd_data.geometry",
+        "imkd_data.errors",
+        "imkd_data.classes",
+    ),
     "imkd_data.world": ("imkd_data.kernels", "imkd_data.sample", "imkd_data.geometry", "imkd_data.errors", "imkd_data.classes"),
     "imkd_data.fields": (
         "imkd_data.readers",

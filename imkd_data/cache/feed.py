@@ -28,6 +28,7 @@ class Payloads:
         self.all = frozenset(n for one in needs for n in one)
         self.whole: Payload | None = None
         self.single: dict[tuple[str, ...], Payload | ImkdError] = {}
+        self.files: dict[tuple[str, ...], list[tuple[str, int, int]]] = {}
 
     def of(self, needs: tuple[str, ...]) -> Payload:
         if self.whole is None and not self.single:
@@ -65,6 +66,13 @@ class Payloads:
                     )
 
     def files_of(self, needs: tuple[str, ...]) -> list[tuple[str, int, int]]:
+        """(relative path, bytes, crc32c) of what fields with these needs depend on."""
+        found = self.files.get(needs)
+        if found is None:
+            found = self.files[needs] = self._files_of(needs)
+        return found
+
+    def _files_of(self, needs: tuple[str, ...]) -> list[tuple[str, int, int]]:
         s = self.sample
         paths: set[str] = set()
         if "images" in needs:
@@ -73,7 +81,7 @@ class Payloads:
             paths |= {f.path for f in s.lidar if f.is_key or "lidar" in needs}
         if "radar" in needs:
             paths |= {f.path for sweeps in s.radar.values() for f in sweeps}
-        return [f for f in self.of(needs).files if f[0] in paths]
+        return [f for f in self.of(needs).files if f[0] in paths] if paths else []
 
 
 class Upstream:

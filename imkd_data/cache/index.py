@@ -16,6 +16,7 @@ from imkd_data.cache.layout import Shard
 from imkd_data.classes import DETECTION_CLASSES
 from imkd_data.errors import CacheDamageError
 from imkd_data.fields.base import CacheField, Stored
+from imkd_data.fields.codec import array_from_part
 from imkd_data.sample import Sample, SensorSuite
 
 __all__ = ["index_bytes", "index_schema", "read_index", "row_summary", "sample_row"]
@@ -107,14 +108,11 @@ def _lidar_max(stored: Stored, suite: SensorSuite) -> dict[str, Any]:
 
 
 def _radar(stored: Stored, suite: SensorSuite) -> dict[str, Any]:
-    from imkd_data.cache.codecs import blob_value
-
     if not isinstance(stored, dict) or len(stored) != 1:
         return {}
-    ((part, data),) = stored.items()
-    table = np.asarray(blob_value(part, data))
+    table = array_from_part(next(iter(stored.values())))
     sensor = table[18] if table.ndim == 2 and len(table) > 18 else np.zeros(0, np.int64)
-    return {"num_radar_points": [int(n) for n in np.bincount(sensor.astype(np.int64), minlength=len(suite.radars))]}
+    return {"num_radar_points": np.bincount(sensor, minlength=len(suite.radars)).tolist()}
 
 
 # What a stored row tells the index, kept in the receipt of its field.

@@ -95,7 +95,7 @@ class _Column:
     parts: list[dict[str, bytes] | None] = field(default_factory=list)
     drops: dict[str, int] = field(default_factory=dict)
     holes: list[list[Any]] = field(default_factory=list)
-    files: list[tuple[str, int, int]] = field(default_factory=list)
+    files: list[list[tuple[str, int, int]]] = field(default_factory=list)  # one list a sample, shared between fields
     summary: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -144,8 +144,9 @@ def build_shard(
                 warnings[rule] = warnings.get(rule, 0) + count
     fault.point("shard.encoded")
     receipts = {}
+    contents: dict[tuple[Any, ...], tuple[int, str]] = {}
     for name in job.fields:
-        receipts[name] = _commit(job, fields[name], columns.pop(name), recipe, suite, out, options)
+        receipts[name] = _commit(job, fields[name], columns.pop(name), recipe, suite, out, options, contents)
     return receipts
 
 
@@ -196,7 +197,7 @@ def _sample(
                 raise _explained(error, name) from error
             _hole(column, position, sample.token, (str(error).splitlines() or [type(error).__name__])[0][:200])
             continue
-        column.files += payloads.files_of(one.needs)
+        column.files.append(payloads.files_of(one.needs))
         for reason, count in drops.items():
             column.drops[reason] = column.drops.get(reason, 0) + int(count)
         _append(one, column, stored)
@@ -247,7 +248,14 @@ def _append(one: CacheField, column: _Column, stored: Stored) -> None:
 
 
 def _commit(
-    job: ShardJob, one: CacheField, column: _Column, recipe: Recipe, suite: SensorSuite, out: Path, options: Options
+    job: ShardJob,
+    one: CacheField,
+    column: _Column,
+    recipe: Recipe,
+    suite: SensorSuite,
+    out: Path,
+    options: Options,
+    contents: dict[tuple[Any, ...], tuple[int, str]] | None = None,
 ) -> dict[str, Any]:
     """Data file first, receipt last."""
     number = job.shard.number
@@ -268,6 +276,7 @@ def _commit(
         remove_file(receipt_file, "receipt", fsync=options.fsync)
         remove_file(out / path, "data", fsync=options.fsync)
     done = commit_bytes(out / path, data, "data", fsync=options.fsync)
+    files, content = _content(job.inputs[one.name], column, {} if contents is None else contents)
     body = {
         "format": FORMAT,
         "field": one.name,
@@ -283,8 +292,8 @@ def _commit(
         "row_crc32c": rows,
         "members": members,
         "inputs": {
-            "files": len(set(column.files)),
-            "hash": keys.content_hash(job.inputs[one.name], column.files),
+            "files": files,
+            "hash": content,
             "manifest": job.inputs[one.name],
         },
         "dropped": {"non_finite": 0, "overflow": 0, **column.drops},
@@ -294,6 +303,15 @@ def _commit(
     }
     commit_bytes(receipt_file, sealed(body, "self_crc32c"), "receipt", fsync=options.fsync)
     return body
+
+
+def _content(manifest: str, column: _Column, known: dict[tuple[Any, ...], tuple[int, str]]) -> tuple[int, str]:
+    """Number and content hash of the raw files behind a column; fields of equal needs share it."""
+    key = (manifest, *map(id, column.files))  # the columns keep the lists alive
+    if key not in known:
+        files = {f for sample in column.files for f in sample}
+        known[key] = len(files), keys.content_hash(manifest, files)
+    return known[key]
 
 
 def _tar(tokens: Sequence[str], rows: Sequence[Mapping[str, bytes] | None]) -> tuple[bytes, list[list[list[Any]] | None]]:

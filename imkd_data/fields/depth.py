@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,87 +17,89 @@ from imkd_data.sample import Payload, SensorSuite
 
 __all__ = ["DEPTH_FIELDS", "decode_depth"]
 
-# One camera's points: (3, n) u16 u, v, depth; (n,) intensity; how many lay beyond the codes.
-_View = tuple[NDArray[np.uint16], NDArray[np.uint8], int]
+
+@dataclass(frozen=True, slots=True)
+class _Views:
+    """Points of the sample's cameras: (V, 3, W) u, v, depth; (V, W) intensity; (V,) how many. Of all cameras together: how many
+    lay beyond the codes, and found no slot. ``widest``: the most points inside an image, and whose."""
+
+    points: NDArray[np.uint16]
+    intensity: NDArray[np.uint8]
+    count: NDArray[np.uint16]
+    far: int
+    overflow: int
+    widest: tuple[int, str]
 
 
-def _project_all(payload: Payload, recipe: Recipe) -> dict[str, _View]:
+def _project_all(payload: Payload, recipe: Recipe) -> _Views:
     """Every point with depth > 0 inside the image, own car included, sorted by ring, then column (order in the file)."""
     if not payload.lidar:
         raise ValueError("depth fields need the LiDAR key scan in the payload")
     points, sweep = payload.lidar[0], payload.sample.lidar[0]
     ring = points.column("ring") if "ring" in points.feature_names else np.zeros(len(points), dtype=np.float32)
-    order = order_by_ring(ring, int(ring.max()) + 1 if len(ring) else 1)
-    scratch, index = np.empty((3, len(points)), dtype=np.uint16), np.empty(len(points), dtype=np.int32)
-    intensity = points.column("intensity")
-    out: dict[str, _View] = {}
-    for frame in payload.sample.cameras:
+    order = order_by_ring(np.ascontiguousarray(ring), int(ring.max()) + 1 if len(ring) else 1)
+    table = np.empty((len(payload.sample.cameras), 20))
+    for row, frame in zip(table, payload.sample.cameras, strict=True):
         camera = frame.camera
-        pose = camera.ego_from_camera.inverse() @ sweep.ego_from_sensor
-        n, far = project(
-            points.xyz_m,
-            order,
-            pose.rotation,
-            pose.translation_m,
-            camera.image_from_camera,
-            camera.width_px,
-            camera.height_px,
-            scratch,
-            index,
-        )
-        out[camera.name] = (scratch[:, :n].copy(), intensity[index[:n]].astype(np.uint8), far)
-    return out
+        row[:12] = (camera.ego_from_camera.inverse() @ sweep.ego_from_sensor).matrix34()
+        row[12:18], row[18:] = camera.image_from_camera[:2].reshape(6), (camera.width_px, camera.height_px)
+    given = np.ascontiguousarray(points.xyz_m.T), np.ascontiguousarray(points.column("intensity")), order, table
+    cut = recipe.options.get("on_overflow", "stop") == "drop-far"
+
+    def project_to(width: int) -> tuple[NDArray[np.uint16], NDArray[np.uint8], NDArray[np.int64]]:
+        out = np.zeros((len(table), 3, width), dtype=np.uint16), np.zeros((len(table), width), dtype=np.uint8)
+        return (*out, project(*given, *out))
+
+    uvd, intensity, found = project_to(recipe.depth_width)
+    inside = found[:, 0]
+    most = int(inside.argmax()) if len(inside) else 0
+    widest = (int(inside[most]), payload.sample.cameras[most].camera.name) if len(inside) else (0, "")
+    if cut and widest[0] > recipe.depth_width:
+        every, values, _ = project_to(widest[0])
+        for view in np.flatnonzero(inside > recipe.depth_width):
+            n = inside[view]
+            keep = np.sort(np.argsort(every[view, 2, :n], kind="stable")[: recipe.depth_width])
+            uvd[view], intensity[view] = every[view][:, keep], values[view, keep]
+    count = np.minimum(inside, recipe.depth_width)
+    return _Views(uvd, intensity, count.astype(np.uint16), int(found[:, 1].sum()), int((inside - count).sum()), widest)
 
 
 _views = OnePayload(_project_all)
 
 
-def _fitted(payload: Payload, recipe: Recipe, suite: SensorSuite, drops: dict[str, int]) -> dict[str, _View]:
+def _fitted(payload: Payload, recipe: Recipe, drops: dict[str, int]) -> _Views:
     """The views cut to the stored width: an error, or with on_overflow = drop-far without the farthest points."""
-    width = recipe.depth_width
-    out: dict[str, _View] = {}
-    for name, (uvd, intensity, far) in _views(payload, recipe).items():
-        drops["beyond_range"] = drops.get("beyond_range", 0) + far
-        n = uvd.shape[1]
-        if n > width:
-            if recipe.options.get("on_overflow", "stop") != "drop-far":
-                raise too_many(
-                    *(f"more LiDAR points in {name} than depth_width", "depth.overflow", n, width, payload),
-                    advice=f"--set depth_width={-(-n // 1024) * 1024} (rebuilds the depth fields), or --on-overflow drop-far",
-                    field="depth_points",
-                )
-            keep = np.sort(np.argsort(uvd[2], kind="stable")[:width])
-            uvd, intensity = uvd[:, keep], intensity[keep]
-            drops["overflow"] = drops.get("overflow", 0) + n - width
-        out[name] = (uvd, intensity, far)
+    views = _views(payload, recipe)
+    drops["beyond_range"] = drops.get("beyond_range", 0) + views.far
+    if views.overflow:
+        width, (n, name) = recipe.depth_width, views.widest
+        if recipe.options.get("on_overflow", "stop") != "drop-far":
+            raise too_many(
+                *(f"more LiDAR points in {name} than depth_width", "depth.overflow", n, width, payload),
+                advice=f"--set depth_width={-(-n // 1024) * 1024} (rebuilds the depth fields), or --on-overflow drop-far",
+                field="depth_points",
+            )
+        drops["overflow"] = drops.get("overflow", 0) + views.overflow
+    return views
+
+
+def _in_suite_order(value: NDArray[Any], payload: Payload, suite: SensorSuite) -> NDArray[Any]:
+    """Rows of the declared cameras at their places among all cameras of the suite."""
+    names = tuple(f.camera.name for f in payload.sample.cameras)
+    if names == suite.cameras:
+        return value
+    out = np.zeros((len(suite.cameras), *value.shape[1:]), dtype=value.dtype)
+    out[[suite.cameras.index(n) for n in names]] = value
     return out
 
 
-def _compute_points(
-    payload: Payload, recipe: Recipe, suite: SensorSuite, upstream: Mapping[str, Stored], drops: dict[str, int]
-) -> Stored:
-    out = np.zeros((len(suite.cameras), 3, recipe.depth_width), dtype=np.uint16)
-    for name, (uvd, _, _) in _fitted(payload, recipe, suite, drops).items():
-        out[suite.cameras.index(name), :, : uvd.shape[1]] = uvd
-    return out
+def _compute(what: str) -> Any:
+    def compute(
+        payload: Payload, recipe: Recipe, suite: SensorSuite, upstream: Mapping[str, Stored], drops: dict[str, int]
+    ) -> Stored:
+        return _in_suite_order(getattr(_fitted(payload, recipe, drops), what), payload, suite)
 
-
-def _compute_intensity(
-    payload: Payload, recipe: Recipe, suite: SensorSuite, upstream: Mapping[str, Stored], drops: dict[str, int]
-) -> Stored:
-    out = np.zeros((len(suite.cameras), recipe.depth_width), dtype=np.uint8)
-    for name, (_, intensity, _) in _fitted(payload, recipe, suite, drops).items():
-        out[suite.cameras.index(name), : len(intensity)] = intensity
-    return out
-
-
-def _compute_count(
-    payload: Payload, recipe: Recipe, suite: SensorSuite, upstream: Mapping[str, Stored], drops: dict[str, int]
-) -> Stored:
-    out = np.zeros(len(suite.cameras), dtype=np.uint16)
-    for name, (uvd, _, _) in _fitted(payload, recipe, suite, drops).items():
-        out[suite.cameras.index(name)] = uvd.shape[1]
-    return out
+    return compute
 
 
 def decode_depth(points: NDArray[np.uint16], count: NDArray[np.uint16]) -> list[NDArray[np.float32]]:
@@ -153,15 +156,17 @@ def _attributes(units: Any, columns: Any = None) -> Any:
 
 DEPTH_FIELDS: tuple[CacheField, ...] = (
     _field(
-        *("depth_points", _compute_points, "<u2", lambda recipe, suite: (len(suite.cameras), 3, recipe.depth_width)),
+        *("depth_points", _compute("points"), "<u2", lambda recipe, suite: (len(suite.cameras), 3, recipe.depth_width)),
         codec="blosc3",
         decode=_decode_all,
         attributes=_attributes(["px", "px", "m"], ["u", "v", "depth"]),
     ),
     _field(
-        *("depth_intensity", _compute_intensity, "u1", lambda recipe, suite: (len(suite.cameras), recipe.depth_width)),
+        *("depth_intensity", _compute("intensity"), "u1", lambda recipe, suite: (len(suite.cameras), recipe.depth_width)),
         decode=lambda value, recipe, suite: value.astype(np.float32),
         attributes=_attributes("0..255"),
     ),
-    _field("depth_count", _compute_count, "<u2", lambda recipe, suite: (len(suite.cameras),), attributes=_attributes("points")),
+    _field(
+        "depth_count", _compute("count"), "<u2", lambda recipe, suite: (len(suite.cameras),), attributes=_attributes("points")
+    ),
 )

@@ -13,7 +13,7 @@ from imkd_data.errors import InputDataError
 from imkd_data.fields.base import CacheField, Stored
 from imkd_data.fields.codec import OnePayload, array_from_part, part_from_array, too_many
 from imkd_data.kernels.quantise import quantise
-from imkd_data.kernels.rasterize import DROPPED, add_sweep, pool_view
+from imkd_data.kernels.rasterize import DROPPED, add_sweep, pool_view, unpack_planes
 from imkd_data.recipe import Recipe
 from imkd_data.sample import Payload, Points, SensorSuite
 
@@ -45,34 +45,18 @@ def _intensity(points: Points) -> NDArray[np.float32]:
 def _rasterise(payload: Payload, recipe: Recipe) -> _Planes:
     shape = recipe.grid.shape
     trace = "lidar_provenance" in recipe.fields
-    planes = _Planes(
-        total=np.zeros(shape, dtype=np.uint32),
-        count=np.zeros(shape, dtype=np.uint16),
-        strongest=np.zeros(shape, dtype=np.uint8),
-        z_code=np.zeros(shape, dtype=np.uint8),
-        provenance=np.zeros((3, *shape) if trace else (3, 0, 0), dtype=np.uint8),
-        dropped={},
-    )
+    cells = np.zeros(shape, dtype=np.uint64)
+    provenance = np.zeros((3, *shape) if trace else (3, 0, 0), dtype=np.uint8)
     dropped = np.zeros(len(DROPPED), dtype=np.int64)
     grid_mm = np.array([recipe.grid.x_min_mm, recipe.grid.y_min_mm, recipe.grid.cell_mm])
+    z_mm, own_car_mm = _mm(recipe.z_min_m, recipe.z_span_m), _mm(*recipe.own_car_box_m)
     for i, (sweep, points) in enumerate(zip(payload.sample.lidar, payload.lidar or (), strict=True)):
+        xyz, intensity = np.ascontiguousarray(points.xyz_m.T), np.ascontiguousarray(_intensity(points))
         pose = sweep.ego_from_sensor
         add_sweep(
-            points.xyz_m,
-            _intensity(points),
-            pose.rotation,
-            pose.translation_m,
-            grid_mm,
-            _mm(recipe.z_min_m, recipe.z_span_m),
-            _mm(*recipe.own_car_box_m),
-            i,
-            planes.total,
-            planes.count,
-            planes.strongest,
-            planes.z_code,
-            planes.provenance,
-            dropped,
+            *(xyz, intensity, pose.rotation, pose.translation_m, grid_mm, z_mm, own_car_mm, i, cells, provenance, dropped)
         )
+    planes = _Planes(*unpack_planes(cells), provenance, {})
     if planes.count.size and int(planes.count.max()) == np.iinfo(np.uint16).max:
         raise too_many(
             *("a BEV cell holds more returns than it can count", "lidar.cell_overflow", 65_535, 65_534, payload),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from imkd_data.errors import UsageError
 from imkd_data.fields.base import CacheField, Stored
 from imkd_data.fields.codec import array_from_part, part_from_array
+from imkd_data.kernels.radar import radar_codes
 from imkd_data.recipe import Recipe
 from imkd_data.sample import Payload, SensorSuite
 
@@ -56,39 +58,48 @@ def radar_filter_mask(columns: Mapping[str, NDArray[Any]], name: str) -> NDArray
     return keep
 
 
-def _physical(payload: Payload, suite: SensorSuite) -> NDArray[np.float64]:
-    """(rows, P): positions and full velocity vectors rotated into ego, everything else raw."""
-    rows = radar_rows(suite)
-    raw = [c for c in rows if c not in _ADDED]
-    at = {c: i for i, c in enumerate(rows)}
-    blocks = [np.zeros((len(rows), 0))]
-    for channel, scans in (payload.radar or {}).items():
-        for k, (sweep, points) in enumerate(zip(payload.sample.radar[channel], scans, strict=True)):
-            block = np.empty((len(rows), len(points)))
-            columns = [points.feature_names.index(c) for c in raw]
-            block[: len(raw)] = points.features[:, columns].T
-            r, t = sweep.ego_from_sensor.rotation, sweep.ego_from_sensor.translation_m
-            x, y, z = points.xyz_m.T.astype(np.float64)
-            for i, c in enumerate("xyz"):
-                block[at[c]] = r[i, 0] * x + r[i, 1] * y + r[i, 2] * z + t[i]
-            for cx, cy in _PAIRS:
-                if cx in at and cy in at:
-                    vx, vy = block[at[cx]].copy(), block[at[cy]].copy()
-                    block[at[cx]], block[at[cy]] = r[0, 0] * vx + r[0, 1] * vy, r[1, 0] * vx + r[1, 1] * vy
-            block[at["sensor"]], block[at["sweep"]] = suite.radars.index(channel), k
-            block[at["age"]] = (payload.sample.timestamp_us - sweep.timestamp_us) * 1e-6
-            blocks.append(block)
-    return np.concatenate(blocks, axis=1)
+@functools.cache
+def _roles(rows: tuple[str, ...], names: tuple[str, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How ``radar_codes`` makes each row, and from which feature column."""
+    role, column = [], []
+    pairs = {c: 3 + i for pair in _PAIRS if set(pair) <= set(rows) for i, c in enumerate(pair)}
+    for name in rows:
+        role.append("xyz".index(name) if name in ("x", "y", "z") else 6 if name in _ADDED else pairs.get(name, 5))
+        column.append(_ADDED.index(name) if name in _ADDED else names.index(name) if name in names else -1)
+    return np.array(role, dtype=np.int64), np.array(column, dtype=np.int64)
 
 
 def _compute_points(
     payload: Payload, recipe: Recipe, suite: SensorSuite, upstream: Mapping[str, Stored], drops: dict[str, int]
 ) -> Stored:
-    """One part: (rows, P) i16, order sensor, sweep, place in the file."""
-    steps = np.floor(_physical(payload, suite) / radar_steps(suite)[:, None] + 0.5)
-    fits = (np.abs(steps) <= 32767).all(axis=0)
-    drops["out_of_range"] = drops.get("out_of_range", 0) + int(len(fits) - fits.sum())
-    return {PART: part_from_array(steps[:, fits].astype(np.int16))}
+    """One part: (rows, P) i16, order sensor, sweep, place in the file. Positions and full velocity vectors are moved into ego,
+    everything else stays raw."""
+    rows, scans, moves, extra = radar_rows(suite), [], [], []
+    for channel, points in (payload.radar or {}).items():
+        for k, (sweep, scan) in enumerate(zip(payload.sample.radar[channel], points, strict=True)):
+            scans.append(scan)
+            moves.append(sweep.ego_from_sensor.matrix34())
+            extra.append((suite.radars.index(channel), k, (payload.sample.timestamp_us - sweep.timestamp_us) * 1e-6))
+    starts = np.concatenate([[0], np.cumsum([len(s) for s in scans], dtype=np.int64)])
+    codes = np.empty((len(rows), int(starts[-1])), dtype=np.int16)
+    kept = 0
+    if scans:
+        if len({s.feature_names for s in scans}) > 1:
+            raise ValueError("radar scans of one sample have different columns")
+        role, column = _roles(rows, scans[0].feature_names)
+        kept = radar_codes(
+            np.concatenate([s.xyz_m for s in scans]),
+            np.concatenate([s.features for s in scans]),
+            starts,
+            np.array(moves),
+            np.array(extra, dtype=np.float64),
+            column,
+            role,
+            radar_steps(suite),
+            codes,
+        )
+    drops["out_of_range"] = drops.get("out_of_range", 0) + codes.shape[1] - kept
+    return {PART: part_from_array(codes[:, :kept])}
 
 
 def _unpack(parts: Mapping[str, bytes], suite: SensorSuite) -> NDArray[np.int16]:
@@ -112,7 +123,8 @@ def _compute_pose(
     for channel, sweeps in payload.sample.radar.items():
         for k, sweep in enumerate(sweeps):
             age_s = (payload.sample.timestamp_us - sweep.timestamp_us) * 1e-6
-            out[suite.radars.index(channel), k] = (*sweep.ego_from_sensor.matrix34(), age_s)
+            row = out[suite.radars.index(channel), k]
+            row[:12], row[12] = sweep.ego_from_sensor.matrix34(), age_s
     return out
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
 
 from imkd_data.errors import ImkdError, InputDataError, SourceMissingError, StorageError, UnsafePathError
 
@@ -30,26 +32,30 @@ class SourceFiles:
 
     def path(self, name: str, **where: Any) -> str:
         """Absolute path of a table's ``filename``; UnsafePathError (F26) when it could leave the root."""
-        parts = name.split("/")
-        if (
-            not name
-            or "\0" in name
-            or "\\" in name
-            or name.startswith("/")
-            or ".." in parts
-            or any(len(p) > 1 and p[1] == ":" for p in parts)
-        ):
-            raise _unsafe(name, where)
-        folder, _, last = name.rpartition("/")
-        real = self._folders.get(folder)
-        if real is None:
-            real = os.path.realpath(os.path.join(self._real_root, folder))
-            self._check_inside(real, name, where)
-            self._folders[folder] = real
-        path = os.path.join(real, last)
+        path = self._in_folder(name, where)
         if os.path.islink(path):
             self._check_inside(os.path.realpath(path), name, where)
         return path
+
+    def _in_folder(self, name: str, where: dict[str, Any]) -> str:
+        """The path with its folder resolved and checked; its last part may still be a link."""
+        folder, _, last = name.rpartition("/")
+        real = self._folders.get(folder)
+        if real is None or not last or "\0" in last or "\\" in last or last == ".." or last[1:2] == ":":
+            parts = name.split("/")
+            if (
+                not name
+                or "\0" in name
+                or "\\" in name
+                or name.startswith("/")
+                or ".." in parts
+                or any(len(p) > 1 and p[1] == ":" for p in parts)
+            ):
+                raise _unsafe(name, where)
+            real = os.path.realpath(os.path.join(self._real_root, folder))
+            self._check_inside(real, name, where)
+            self._folders[folder] = real
+        return f"{real}/{last}"
 
     def _check_inside(self, real: str, name: str, where: dict[str, Any]) -> None:
         if real != self._real_root and not real.startswith(self._real_root.rstrip(os.sep) + os.sep):
@@ -59,10 +65,13 @@ class SourceFiles:
         """Bytes of a regular file; remembered, so a sweep that many samples share is asked for once."""
         size = self._sizes.get(name)
         if size is None:
-            path = self.path(name, **where)
             try:
-                info = os.stat(path)
+                info = os.lstat(self._in_folder(name, where))
+                if stat.S_ISLNK(info.st_mode):
+                    info = os.stat(self.path(name, **where))
             except OSError as error:
+                if isinstance(error, ImkdError):
+                    raise
                 raise _refused(error, name, where) from error
             if not stat.S_ISREG(info.st_mode):
                 raise _refused(IsADirectoryError(errno.EISDIR, "not a regular file"), name, where)
@@ -71,26 +80,49 @@ class SourceFiles:
 
     def read(self, name: str, **where: Any) -> tuple[bytes, int]:
         """(content, crc32c) of one file, read once."""
-        path = self.path(name, **where)
+        view, crc, _ = self.read_into(np.empty(0, dtype=np.uint8), name, **where)
+        return view.tobytes(), crc
+
+    def read_into(self, buffer: NDArray[np.uint8], name: str, **where: Any) -> tuple[NDArray[np.uint8], int, NDArray[np.uint8]]:
+        """(content, crc32c, buffer): the content is a view of the buffer, which is a larger one where the file needs it."""
         try:
-            with open(path, "rb", buffering=0) as handle:
-                before = os.fstat(handle.fileno()).st_size
-                data = handle.read(before + 1) if before else handle.read()
-                while len(data) < before and (more := handle.read(before - len(data))):
-                    data += more
+            fd = self._open(name, where)
+            try:
+                before = os.fstat(fd).st_size
+                if before >= len(buffer):
+                    buffer = np.empty(before + 1, dtype=np.uint8)
+                size = 0  # one byte more is asked for than there should be, so that a file that grows is noticed
+                while size < before and (more := os.readv(fd, [buffer[size : before + 1].data])):
+                    size += more
+            finally:
+                os.close(fd)
         except OSError as error:
+            if isinstance(error, ImkdError):
+                raise
             raise _refused(error, name, where) from error
-        if len(data) != before:
+        if size != before:
             raise InputDataError(
                 "file changed while it was read",
                 rule="source.changed",
                 expected=f"{before:,} bytes",
-                found=f"{len(data):,} bytes or more",
+                found=f"{size:,} bytes or more",
                 file=name,
                 next="wait until nothing writes to the data set, then plan again",
                 **where,
             )
-        return data, int(google_crc32c.value(data))
+        data = buffer[:size]
+        return data, int(google_crc32c.value(data)), buffer  # type: ignore[arg-type]  # takes any read-only buffer
+
+    def _open(self, name: str, where: dict[str, Any]) -> int:
+        """A descriptor. The folder is known to lie under the root, and a file that is no link cannot leave it; a link is looked
+        at first."""
+        flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+        try:
+            return os.open(self._in_folder(name, where), flags | getattr(os, "O_NOFOLLOW", 0))
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+        return os.open(self.path(name, **where), flags)
 
 
 def _unsafe(name: str, where: dict[str, Any], real: str | None = None) -> UnsafePathError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imkd_data.errors import InputDataError, SourceMissingError, UsageError
-from imkd_data.geometry import sensor_at
 from imkd_data.readers.files import SourceFiles
-from imkd_data.readers.nuscenes_samples import SceneBuilder, annotation_values
+from imkd_data.readers.nuscenes_boxes import SceneBoxes
+from imkd_data.readers.nuscenes_samples import SceneBuilder
 from imkd_data.readers.nuscenes_tables import NuScenesTables, load_tables
 from imkd_data.readers.pcd import parse_lidar, parse_radar
 from imkd_data.readers.splits import SPLITS
-from imkd_data.sample import ImageFrame, Payload, Points, Sample, SensorSuite, Sweep
+from imkd_data.sample import ImageFrame, Payload, Points, Sample, SensorSuite, Sweep, same_everywhere
 
 __all__ = ["NUSCENES", "NuScenesReader", "open_nuscenes"]
 
@@ -43,6 +43,7 @@ NUSCENES = SensorSuite(
 )
 LIDAR_RINGS = 32
 _SWEEP_CACHE = 96  # parsed scans kept: 10 LiDAR and 65 radar scans overlap between neighbouring keyframes
+_SCENE_CACHE = 8  # scenes whose annotation columns are kept for ``input_manifest``
 
 
 def open_nuscenes(
@@ -155,7 +156,9 @@ class NuScenesReader:
             self.warnings,
         )
         self._scans: OrderedDict[str, _Scan] = OrderedDict()
+        self._truth: OrderedDict[int, tuple[dict[str, int], SceneBoxes]] = OrderedDict()
         self._digests: OrderedDict[str, dict[str, str]] = OrderedDict()
+        self._buffer = np.empty(1 << 20, dtype=np.uint8)
 
     def scene_names(self, split: str) -> tuple[str, ...]:
         """Scenes of a split that the tables hold, sorted by name. UsageError for an unknown split."""
@@ -176,7 +179,12 @@ class NuScenesReader:
             raise UsageError(
                 f"no scene {scene!r} in {self.version}", rule="scene.unknown", expected=", ".join(sorted(self._scenes)[:10])
             )
-        return self._builder.samples(self._scenes[scene], self.split_of(scene))
+        row = self._scenes[scene]
+        samples, boxes = self._builder.samples(row, self.split_of(scene))
+        self._truth[row] = {s.token: i for i, s in enumerate(samples)}, boxes
+        while len(self._truth) > _SCENE_CACHE:
+            self._truth.popitem(last=False)
+        return samples
 
     def read(self, sample: Sample, needs: frozenset[str]) -> Payload:
         """Read what is in ``needs`` (images, lidar, lidar_key, radar). Scans shared by neighbouring samples are parsed once."""
@@ -222,33 +230,37 @@ class NuScenesReader:
                 self._scans.popitem(last=False)
         else:
             self._scans.move_to_end(sweep.path)
-        files.append((sweep.path, scan.size, scan.crc))
-        dropped.update(scan.dropped)
-        odd.update(scan.odd)
-        age_s = np.float32((sample.timestamp_us - sweep.timestamp_us) * 1e-6)
+        files.append(scan.file)
+        if scan.dropped:
+            dropped.update(scan.dropped)
+        if scan.odd:
+            odd.update(scan.odd)
+        age_s = (sample.timestamp_us - sweep.timestamp_us) * 1e-6
         return Points(
-            frame=sensor_at(sweep.channel, sweep.timestamp_us),
+            frame=sweep.ego_from_sensor.src,
             xyz_m=scan.xyz,
-            time_s=np.broadcast_to(-age_s, len(scan.xyz)),
+            time_s=same_everywhere(-age_s, len(scan.xyz)),
             features=scan.features,
             feature_names=scan.names,
         )
 
     def _parse(self, sample: Sample, sweep: Sweep) -> _Scan:
-        where = {"file": sweep.path, "token": sample.token, "scene": sample.scene, "channel": sweep.channel}
-        data, crc = self._files.read(sweep.path, token=sample.token, scene=sample.scene, channel=sweep.channel)
+        where = {"token": sample.token, "scene": sample.scene, "channel": sweep.channel}
+        data, crc, self._buffer = self._files.read_into(self._buffer, sweep.path, **where)
+        where["file"] = sweep.path
         dropped: Counter[str] = Counter()
         odd: Counter[str] = Counter()
         if sweep.channel == NUSCENES.lidar:
             table = parse_lidar(
                 data, intensity_max=255.0, rings=LIDAR_RINGS, odd=odd, dropped=dropped, strict=self.strict, **where
             )
-            features, names = table[:, 3:5], ("intensity", "ring")
+            first, names = 3, ("intensity", "ring")
         else:
             table = parse_radar(data, NUSCENES.radar_columns, max_points=125, odd=odd, dropped=dropped, **where)
-            features, names = table, NUSCENES.radar_columns
-        table.flags.writeable = False
-        return _Scan(table[:, :3], features, names, len(data), crc, dropped, odd)
+            first, names = 0, NUSCENES.radar_columns
+        table.flags.writeable = False  # before views of it are made
+        counted = ({k: v for k, v in c.items() if v} for c in (dropped, odd))
+        return _Scan(table[:, :3], table[:, first:], names, (sweep.path, len(data), crc), *counted)
 
     def input_manifest(self, sample: Sample, needs: frozenset[str]) -> list[list[Any]]:
         """[relative path, size] of every file that ``needs`` reads, then [part, hash of its table rows]."""
@@ -260,29 +272,39 @@ class NuScenesReader:
         where = {"token": sample.token, "scene": sample.scene}
         digests = self._digests.get(sample.token)
         if digests is None:
-            digests = self._digests[sample.token] = _digests(sample, annotation_values(self.tables, sample.token))
+            digests = self._digests[sample.token] = {}
             while len(self._digests) > 256:
                 self._digests.popitem(last=False)
         parts = ["pose", *(p for p in ("boxes", "cameras", "lidar", "lidar_key", "radar") if p in needs)]
+        for part in parts:
+            if part not in digests:
+                digests[part] = _digest(sample, part, self._annotations)
         return [[p, self._files.size(p, **where)] for p in paths] + [[f"table:{p}", digests[p]] for p in parts]
+
+    def _annotations(self, sample: Sample) -> list[Any]:
+        """Raw annotation values of a sample."""
+        places, boxes = self._truth.get(self._scenes[sample.scene], ({}, None))
+        if boxes is not None and sample.token in places:
+            return boxes.values(places[sample.token])
+        row = int(self.tables.sample_token.index(sample.token).as_py())
+        return SceneBoxes(self.tables, [row]).values(0)
 
 
 class _Scan:
-    """One parsed scan in the sensor's frame, with what reading it showed."""
+    """One parsed scan in the sensor's frame, its file (path, bytes, crc32c), and counts of what reading it showed."""
 
-    __slots__ = ("crc", "dropped", "features", "names", "odd", "size", "xyz")
+    __slots__ = ("dropped", "features", "file", "names", "odd", "xyz")
 
     def __init__(
         self,
         xyz: NDArray[np.float32],
         features: NDArray[np.float32],
         names: tuple[str, ...],
-        size: int,
-        crc: int,
-        dropped: Counter[str],
-        odd: Counter[str],
+        file: tuple[str, int, int],
+        dropped: dict[str, int],
+        odd: dict[str, int],
     ) -> None:
-        self.xyz, self.features, self.names, self.size, self.crc = xyz, features, names, size, crc
+        self.xyz, self.features, self.names, self.file = xyz, features, names, file
         self.dropped, self.odd = dropped, odd
 
 
@@ -294,35 +316,36 @@ def _sweeps(sample: Sample, needs: frozenset[str]) -> Iterable[Sweep]:
             yield from sweeps
 
 
-def _digests(sample: Sample, annotations: list[Any]) -> dict[str, str]:
-    """Hash of the table values behind each part of a sample. No paths of the machine, no times of the disk, and nothing that
-    went through a library's sine or arc tangent, whose last bits differ between versions."""
+def _digest(sample: Sample, part: str, annotations: Callable[[Sample], list[Any]]) -> str:
+    """sha256 over the values of the tables behind one part of a sample, each followed by a zero byte. Nothing that went through
+    a library's sine or arc tangent, whose last bits differ between versions, no path of the machine and no time of the disk."""
+    if part in ("lidar", "lidar_key", "radar"):
+        return sha256(b"".join(_sweep_bytes(sample, part))).hexdigest()
+    values: list[Any] = []
+    if part == "pose":
+        values = [sample.token, sample.timestamp_us, sample.global_from_ego.matrix34(), sample.ego_from_reference.matrix34()]
+    elif part == "boxes":
+        values = ["none"] if sample.boxes is None else [*annotations(sample), sample.boxes.track]
+    else:
+        for f in sample.cameras:
+            c = f.camera
+            values += [c.name, c.timestamp_us, c.width_px, c.height_px, c.image_from_camera]
+            values += [c.ego_from_camera.matrix34(), f.vehicle_from_camera.matrix34()]
+    encoded = (v.tobytes() if isinstance(v, np.ndarray) else repr(v).encode() for v in values)
+    return sha256(b"".join([piece for value in encoded for piece in (value, b"\0")])).hexdigest()
 
-    def digest(*values: Any) -> str:
-        state = sha256()
-        for value in values:
-            state.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
-            state.update(b"\0")
-        return state.hexdigest()
 
-    def sweep(s: Sweep) -> tuple[Any, ...]:
-        return s.channel, s.timestamp_us, s.ego_from_sensor.matrix34(), s.vehicle_from_sensor.matrix34(), s.is_key
-
-    cameras: list[Any] = []
-    for f in sample.cameras:
-        c = f.camera
-        cameras += [c.name, c.timestamp_us, c.width_px, c.height_px, c.image_from_camera]
-        cameras += [c.ego_from_camera.matrix34(), f.vehicle_from_camera.matrix34()]
-    return {
-        "pose": digest(
-            sample.token, sample.timestamp_us, sample.global_from_ego.matrix34(), sample.ego_from_reference.matrix34()
-        ),
-        "cameras": digest(*cameras),
-        "lidar": digest(*(v for s in sample.lidar for v in sweep(s))),
-        "lidar_key": digest(*(v for s in sample.lidar[:1] for v in sweep(s))),
-        "radar": digest(*(v for c, sweeps in sample.radar.items() for s in sweeps for v in (c, *sweep(s)))),
-        "boxes": digest(*(["none"] if sample.boxes is None else [*annotations, sample.boxes.track])),
-    }
+def _sweep_bytes(sample: Sample, part: str) -> Iterator[bytes]:
+    """Of every sweep its channel (for a radar twice), time, pose, mounting, and whether it is the key frame's."""
+    mounts: dict[int, bytes] = {}  # one object a mounting: a sample has up to a hundred sweeps of six of them
+    for sweep in _sweeps(sample, frozenset([part])):
+        name = f"{sweep.channel!r}\0"
+        mount = mounts.get(id(sweep.vehicle_from_sensor))
+        if mount is None:
+            mount = mounts[id(sweep.vehicle_from_sensor)] = sweep.vehicle_from_sensor.matrix34().tobytes()
+        yield f"{name * (1 + (part == 'radar'))}{sweep.timestamp_us!r}\0".encode()
+        yield sweep.ego_from_sensor.matrix34().tobytes()
+        yield b"\0%b\0%b\0" % (mount, b"True" if sweep.is_key else b"False")
 
 
 def _check_jpeg(data: bytes, frame: ImageFrame, where: dict[str, Any]) -> None:

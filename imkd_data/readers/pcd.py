@@ -7,13 +7,17 @@ bound; its one-byte fields are signed; WIDTH 0 or a first point that is NaN mark
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imkd_data.errors import InputDataError
+from imkd_data.kernels.scan import KINDS, pcd_columns, split_scan
 
 __all__ = ["parse_lidar", "parse_radar"]
 
@@ -86,14 +90,19 @@ def _number(words: dict[str, list[str]], key: str, default: str, where: dict[str
     return int(text[0])
 
 
-def parse_radar(
-    data: bytes, columns: tuple[str, ...], *, max_points: int, odd: Counter[str], dropped: Counter[str], **where: Any
-) -> NDArray[np.float32]:
-    """PCD bytes -> (P, len(columns)) float32, read by name; rows with a non-finite value are dropped and counted.
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """What a radar header says: where the body starts, form and number of the points, and where the wanted columns stand in a
+    point. ``kinds`` is None where a column has a type that only NumPy reads."""
 
-    Raises InputDataError: no PCD, another encoding than binary, missing column, WIDTH x HEIGHT != POINTS, too few bytes.
-    ``odd`` counts what is legal but strange; ``dropped`` counts left-out points. ``where``: file, token, scene, channel.
-    """
+    start: int
+    dtype: np.dtype[Any]
+    points: int
+    offsets: NDArray[np.int64]
+    kinds: NDArray[np.int64] | None
+
+
+def _describe(data: bytes, columns: tuple[str, ...], where: dict[str, Any]) -> _Header:
     words, start = _header(data, where)
     encoding = " ".join(words.get("DATA", []))
     if encoding != "binary":
@@ -104,7 +113,6 @@ def parse_radar(
         raise _bad(
             "radar file lacks columns", "radar.columns", where, expected=" ".join(columns), found=f"no {', '.join(missing)}"
         )
-    odd["radar.extra_columns"] += len(dtype.names or ()) > len(columns)
     width = _number(words, "WIDTH", "0", where)
     height = _number(words, "HEIGHT", "1", where)
     points = _number(words, "POINTS", str(width * height), where)
@@ -116,7 +124,49 @@ def parse_radar(
             expected=f"POINTS {width * height} = WIDTH x HEIGHT",
             found=f"POINTS {points}",
         )
-    need, have = points * dtype.itemsize, len(data) - start
+    known: Mapping[str, Any] = dtype.fields or {}
+    parts = [known[c] for c in columns]
+    codes = [p[0].base.str[1:] for p in parts]
+    kinds = np.array([KINDS.index(c) for c in codes], dtype=np.int64) if set(codes) <= set(KINDS) else None
+    return _Header(start, dtype, points, np.array([p[1] for p in parts], dtype=np.int64), kinds)
+
+
+@functools.lru_cache(maxsize=1024)
+def _described(head: bytes, columns: tuple[str, ...]) -> _Header:
+    """A data set has about one header per number of points, so each is read once."""
+    return _describe(head, columns, {})
+
+
+def _whole_header(data: NDArray[np.uint8], columns: tuple[str, ...], where: dict[str, Any]) -> _Header:
+    head = data[:_MAX_HEADER_BYTES].tobytes()
+    at = head.find(b"\nDATA ")
+    end = head.find(b"\n", at + 1) + 1
+    try:
+        if 0 < at < end:
+            return _described(head[:end], columns)
+    except InputDataError:
+        pass  # what is wrong is said with the file's name
+    return _describe(data.tobytes(), columns, where)
+
+
+def parse_radar(
+    data: bytes | NDArray[np.uint8],
+    columns: tuple[str, ...],
+    *,
+    max_points: int,
+    odd: Counter[str],
+    dropped: Counter[str],
+    **where: Any,
+) -> NDArray[np.float32]:
+    """PCD bytes -> (P, len(columns)) float32, read by name; rows with a non-finite value are dropped and counted.
+
+    Raises InputDataError: no PCD, another encoding than binary, missing column, WIDTH x HEIGHT != POINTS, too few bytes.
+    ``odd`` counts what is legal but strange; ``dropped`` counts left-out points. ``where``: file, token, scene, channel.
+    """
+    raw = _read_only(data)
+    header = _whole_header(raw, columns, where)
+    points, dtype = header.points, header.dtype
+    need, have = points * dtype.itemsize, len(raw) - header.start
     if have < need:
         raise _bad(
             "radar file is shorter than its header says",
@@ -126,13 +176,19 @@ def parse_radar(
             found=f"{have:,} bytes",
             next="re-extract the file, then run the same command",
         )
-    odd["radar.padding_not_zero"] += data.count(b"\0", start + need) != have - need
+    body = raw[header.start : header.start + need]
+    odd["radar.extra_columns"] += len(dtype.names or ()) > len(columns)
+    odd["radar.padding_not_zero"] += bool(raw[header.start + need :].any())
     odd["radar.above_cap"] += points > max_points
     if points == 0:
         odd["radar.empty_scan"] += 1
         return np.zeros((0, len(columns)), dtype=np.float32)
-    body = np.frombuffer(data, dtype=dtype, count=points, offset=start)
-    out = np.stack([body[c].reshape(points, -1)[:, 0].astype(np.float32) for c in columns], axis=1)
+    out = np.empty((points, len(columns)), dtype=np.float32)
+    if header.kinds is None:
+        table = body.view(dtype)
+        out[:] = np.stack([table[c].reshape(points, -1)[:, 0].astype(np.float32) for c in columns], axis=1)
+    elif not pcd_columns(body, dtype.itemsize, header.offsets, header.kinds, out):
+        return out
     finite = np.isfinite(out).all(axis=1)
     if not finite[0]:  # the sensor's own mark of an empty scan
         odd["radar.empty_scan"] += 1
@@ -141,8 +197,15 @@ def parse_radar(
     return np.ascontiguousarray(out[finite])
 
 
+def _read_only(data: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Bytes, or a buffer that will be used again, as an array that nobody writes to."""
+    raw: NDArray[np.uint8] = np.frombuffer(data, dtype=np.uint8)
+    raw.flags.writeable = False
+    return raw
+
+
 def parse_lidar(
-    data: bytes,
+    data: bytes | NDArray[np.uint8],
     *,
     intensity_max: float,
     rings: int,
@@ -151,7 +214,8 @@ def parse_lidar(
     strict: bool = False,
     **where: Any,
 ) -> NDArray[np.float32]:
-    """Flat float32 bytes -> (N, 5) x, y, z, intensity, ring; rows with a non-finite or absurd position are dropped and counted.
+    """Flat float32 bytes -> (N, 5) x, y, z, intensity, ring, stored column by column; rows with a non-finite or absurd position
+    are dropped and counted.
 
     Raises InputDataError: empty file, not whole points, more than 1 % broken rows, intensity or ring out of their range or
     not whole; with ``strict`` also a file that is not whole columns of ``rings`` points.
@@ -169,7 +233,8 @@ def parse_lidar(
             found=f"{len(data):,} bytes (remainder {len(data) % 20})",
             next=_REEXTRACT,
         )
-    scan: NDArray[np.float32] = np.frombuffer(data, dtype="<f4").reshape(-1, 5)
+    raw: NDArray[np.float32] = _read_only(data).view("<f4")
+    scan = raw.reshape(-1, 5)
     if len(scan) % rings:
         if strict:
             raise _bad(
@@ -181,8 +246,10 @@ def parse_lidar(
                 next=_REEXTRACT,
             )
         odd["lidar.columns"] += 1
-    if _all_plain(scan, intensity_max, rings):
-        return scan
+    columns = np.empty((5, len(scan)), dtype=np.float32)
+    strange, varied = split_scan(raw, columns, _MAX_ABS_M, intensity_max, rings - 1)
+    if not strange and varied:  # nearly every file; the others take the checks that can say what is wrong
+        return columns.T
     with np.errstate(invalid="ignore"):
         good = (np.abs(scan[:, :3]) < _MAX_ABS_M).all(axis=1) & np.isfinite(scan[:, 3]) & np.isfinite(scan[:, 4])
     broken = int(len(scan) - np.count_nonzero(good))
@@ -197,28 +264,11 @@ def parse_lidar(
                 next=_REEXTRACT,
             )
         dropped["non_finite"] += broken
-        scan = np.ascontiguousarray(scan[good])
+        scan = scan[good]
     _check_whole(scan[:, 3], "intensity", intensity_max, where)
     _check_whole(scan[:, 4], "ring", rings - 1, where)
     odd["lidar.constant_intensity"] += len(scan) > 1 and bool((scan[:, 3] == scan[0, 3]).all())
-    return scan
-
-
-def _all_plain(scan: NDArray[np.float32], intensity_max: float, rings: int) -> bool:
-    """Whether every number is finite, near enough, whole where it must be, and intensity varies: nearly every file, seen in
-    three quick passes. Anything else takes the checks that can say what is wrong."""
-    if not (scan.min() > -_MAX_ABS_M and scan.max() < _MAX_ABS_M):  # false for NaN
-        return False
-    ranges = []
-    for column in (3, 4):
-        values = np.ascontiguousarray(scan[:, column])
-        with np.errstate(invalid="ignore"):
-            codes = values.astype(np.uint8)
-        if not np.array_equal(codes, values):
-            return False
-        ranges.append((int(codes.min()), int(codes.max())))
-    (low, high), (_, ring) = ranges
-    return high <= intensity_max and ring < rings and low != high
+    return np.array(scan, order="F")
 
 
 _REEXTRACT = "re-extract the file, then run the same command; or add --on-error quarantine"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from imkd_data.readers.nuscenes import NuScenesReader
-from imkd_data.readers.nuscenes_samples import annotation_velocities
+from imkd_data.readers.nuscenes_boxes import annotation_velocities
 
 __all__ = ["Records", "pickled"]
 

@@ -11,7 +11,9 @@ from imkd_data.geometry import BevGrid, rotation_from_yaw
 from imkd_data.kernels.boxes import points_in_boxes
 from imkd_data.kernels.project import order_by_ring, project
 from imkd_data.kernels.quantise import quantise
-from imkd_data.kernels.rasterize import add_sweep, pool_view
+from imkd_data.kernels.radar import radar_codes
+from imkd_data.kernels.rasterize import add_sweep, pool_view, unpack_planes
+from imkd_data.kernels.scan import KINDS, pcd_columns, split_scan
 from tests.imkd_data.readers.tiny_tree import tilted
 
 GRID = BevGrid(x_min_m=-6.4, y_min_m=1.6, cell_m=0.2, nx=48, ny=32)
@@ -34,11 +36,12 @@ def planes(grid: BevGrid, trace: bool = True) -> tuple[np.ndarray, ...]:
 
 
 def rasterise(grid: BevGrid, sweeps: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, ...]:
-    out = planes(grid)
+    cells, (provenance, dropped) = np.zeros(grid.shape, np.uint64), planes(grid)[4:]
     grid_mm = np.array([grid.x_min_mm, grid.y_min_mm, grid.cell_mm])
     for i, (xyz, intensity, rotation, translation) in enumerate(sweeps):
-        add_sweep(xyz, intensity, rotation, translation, grid_mm, mm(*Z_M), mm(*OWN_M), i, *out)
-    return out
+        rows = np.ascontiguousarray(xyz.T)
+        add_sweep(rows, intensity, rotation, translation, grid_mm, mm(*Z_M), mm(*OWN_M), i, cells, provenance, dropped)
+    return *unpack_planes(cells), provenance, dropped
 
 
 def rasterise_slowly(
@@ -162,6 +165,20 @@ def test_order_by_ring_is_stable() -> None:
     assert len(order_by_ring(np.zeros(0, np.float32), 1)) == 0
 
 
+def camera_row(rotation: np.ndarray, translation: np.ndarray, k: np.ndarray, width: int, height: int) -> np.ndarray:
+    return np.concatenate([np.c_[rotation, translation].reshape(12), k[:2].reshape(6), [width, height]])
+
+
+def project_one(
+    xyz: np.ndarray, order: np.ndarray, camera: np.ndarray, intensity: np.ndarray | None = None, width: int | None = None
+) -> tuple[int, int, np.ndarray, np.ndarray]:
+    """Points kept and beyond the codes, (3, W) codes, (W,) intensity of one camera."""
+    out = np.zeros((1, 3, len(xyz) if width is None else width), np.uint16), np.zeros((1, width or len(xyz)), np.uint8)
+    given = np.zeros(len(xyz), np.float32) if intensity is None else intensity
+    ((n, far),) = project(np.ascontiguousarray(xyz.T), given, order, camera[None], *out).tolist()
+    return n, far, out[0][0], out[1][0]
+
+
 def test_projection_equals_a_slow_twin() -> None:
     rng = np.random.default_rng(1)
     xyz = rng.uniform(-20, 20, (3000, 3)).astype(np.float32)
@@ -169,8 +186,9 @@ def test_projection_equals_a_slow_twin() -> None:
     k = np.array([[60.3, 0.4, 47.0], [0, 61.0, 25.5], [0, 0, 1]])
     rotation, translation = tilted(0.4, -1.5, 0.2), np.array([0.3, -0.2, 0.5])
     order = order_by_ring(rng.integers(0, 5, 3000).astype(np.float32), 5)
-    out, index = np.empty((3, 3000), np.uint16), np.empty(3000, np.int32)
-    n, far = project(xyz, order, rotation, translation, k, 96, 48, out, index)
+    intensity = rng.integers(0, 256, 3000).astype(np.float32)
+    camera_from = camera_row(rotation, translation, k, 96, 48)
+    n, far, out, values = project_one(xyz, order, camera_from, intensity)
     camera = xyz[order].astype(np.float64) @ rotation.T + translation
     uvw = camera @ k.T
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -179,7 +197,11 @@ def test_projection_equals_a_slow_twin() -> None:
     depth = np.floor(camera[:, 2] * 256)
     keep = seen & (depth <= 65535)
     assert n == keep.sum() > 100 and far == (seen & ~keep).sum() > 0
-    np.testing.assert_array_equal(index[:n], order[keep])
+    np.testing.assert_array_equal(values[:n], intensity[order][keep])
+    short = project_one(xyz, order, camera_from, intensity, width=50)  # fewer slots: counted, and the first ones kept
+    assert short[:2] == (n, far)
+    np.testing.assert_array_equal(short[2], out[:, :50])
+    np.testing.assert_array_equal(short[3], values[:50])
     codes = np.stack([np.floor((u + 0.5) * 32), np.floor((v + 0.5) * 32), depth])[:, keep]
     assert (out[:, :n] != codes).mean() < 1e-3  # BLAS sums in another order; a code may differ at an edge
     assert np.abs(out[:, :n] - codes).max() <= 1
@@ -192,8 +214,8 @@ def test_image_edges(u: float, kept: bool, code: int) -> None:
     """Pixel centres at integers: the picture reaches from -0.5 to width - 0.5."""
     k = np.array([[64.0, 0, 0], [0, 64.0, 0], [0, 0, 1]])
     origin = np.zeros((1, 3), np.float32)
-    out, index = np.empty((3, 1), np.uint16), np.empty(1, np.int32)
-    n, _ = project(origin, np.zeros(1, np.int32), np.eye(3), np.array([u / 64, 0.25, 1.0]), k, 96, 48, out, index)
+    camera = camera_row(np.eye(3), np.array([u / 64, 0.25, 1.0]), k, 96, 48)
+    n, _, out, _ = project_one(origin, np.zeros(1, np.int32), camera)
     assert n == kept
     if kept:
         assert out[:, 0].tolist() == [code, 528, 256]
@@ -201,9 +223,63 @@ def test_image_edges(u: float, kept: bool, code: int) -> None:
 
 @pytest.mark.parametrize("z", [0.0, -1.0])
 def test_nothing_from_behind(z: float) -> None:
-    out, index = np.empty((3, 1), np.uint16), np.empty(1, np.int32)
     at = np.array([[0.0, 0.0, z]], np.float32)
-    assert project(at, np.zeros(1, np.int32), np.eye(3), np.zeros(3), np.eye(3), 96, 48, out, index) == (0, 0)
+    camera = camera_row(np.eye(3), np.zeros(3), np.eye(3), 96, 48)
+    assert project_one(at, np.zeros(1, np.int32), camera)[:2] == (0, 0)
+
+
+# ---- point files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("column", range(5))
+def test_split_scan_gives_columns_and_counts_what_is_odd(column: int) -> None:
+    rng = np.random.default_rng(7)
+    scan = np.c_[rng.uniform(-90, 90, (300, 3)), rng.integers(0, 256, 300), rng.integers(0, 32, 300)].astype(np.float32)
+    out = np.empty((5, 300), np.float32)
+    odd, other = split_scan(scan.reshape(-1), out, 1e4, 255.0, 31.0)
+    assert (odd, other) == (0, int((scan[:, 3] != scan[0, 3]).sum())) and other > 200
+    np.testing.assert_array_equal(out, scan.T)
+    wrong = [np.nan, np.inf, -1e4] if column < 3 else [np.nan, -1.0, 0.5, (256.0, 32.0)[column - 3]]
+    scan[10 : 10 + len(wrong), column] = wrong
+    assert split_scan(scan.reshape(-1), out, 1e4, 255.0, 31.0)[0] == len(wrong)
+
+
+def test_pcd_columns_equal_numpys_for_every_kind_of_number() -> None:
+    rng = np.random.default_rng(8)
+    dtype = np.dtype([(f"c{i}", f"<{kind}") for i, kind in enumerate(KINDS)])
+    body = np.frombuffer(rng.bytes(dtype.itemsize * 400), np.uint8)
+    table = body.view(dtype)
+    names = [f"c{i}" for i in (5, 0, 7, 1, 3, 2, 6, 4)]
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = np.stack([table[n].astype(np.float32) for n in names], axis=1)
+    out = np.empty((400, len(names)), np.float32)
+    offsets = np.array([dtype.fields[n][1] for n in names])  # type: ignore[index]
+    broken = pcd_columns(body, dtype.itemsize, offsets, np.array([int(n[1:]) for n in names]), out)
+    np.testing.assert_array_equal(out, expected)
+    assert broken == (~np.isfinite(expected)).any(axis=1).sum() > 0
+
+
+def test_radar_codes_equal_a_slow_twin() -> None:
+    """Two scans with their own poses; positions and both velocity pairs moved, the rest as it is; one point does not fit."""
+    rng = np.random.default_rng(9)
+    names = ("x", "y", "z", "vx", "vy", "snr")
+    features = rng.normal(0, 40, (30, 6)).astype(np.float32)
+    features[4, 5] = 40_000
+    poses = [(tilted(0.3, 0.1, -0.2), np.array([1.0, 2.0, 0.5])), (tilted(-2.0), np.array([-3.0, 0.0, 1.0]))]
+    moves = np.array([np.c_[r, t].reshape(12) for r, t in poses])
+    extra = np.array([[0, 0, 0.05], [1, 3, -0.02]])
+    role, column = np.array([0, 1, 2, 3, 4, 5, 6, 6, 6]), np.array([0, 1, 2, 3, 4, 5, 0, 1, 2])
+    steps = np.array([0.01, 0.01, 0.01, 1 / 256, 1 / 256, 1.0, 1, 1, 0.001])
+    out = np.zeros((9, 30), np.int16)
+    n = radar_codes(features[:, :3].copy(), features, np.array([0, 12, 30]), moves, extra, column, role, steps, out)
+    slow = []
+    for i, row in enumerate(features.astype(np.float64)):
+        rotation, translation = poses[i >= 12]
+        velocity = rotation[:2, :2] @ row[3:5]
+        slow.append([*(rotation @ row[:3] + translation), *velocity, row[names.index("snr")], *extra[int(i >= 12)]] / steps)
+    codes = np.floor(np.array(slow) + 0.5)
+    assert n == 29
+    np.testing.assert_array_equal(out[:, :n].T, np.delete(codes, 4, axis=0))
 
 
 # ---- boxes --------------------------------------------------------------------------------------------------------------

@@ -338,9 +338,7 @@ def test_F17_directory_in_place_of_a_file(tree: Tree) -> None:
 
 def test_F17_no_permission(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a stand-in for open, as root may read everything."""
-    import builtins
-
-    name, real = lidar_name(tree), builtins.open
+    name, real = lidar_name(tree), os.open
     reader = tree.open()
     sample = reader.samples(SCENES[0])[1]
 
@@ -349,7 +347,7 @@ def test_F17_no_permission(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
             raise PermissionError(13, "Permission denied", str(path))
         return real(path, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "open", denied)
+    monkeypatch.setattr(os, "open", denied)
     error = refused(lambda: reader.read(sample, EVERYTHING), StorageError, "source.io", "Permission denied", file=name)
     assert error.code == 5
 
@@ -594,7 +592,7 @@ def test_F26_unsafe_paths(tree: Tree, name: str, monkeypatch: pytest.MonkeyPatch
     edit_data(tree, key, filename=name)
     reader = tree.open()
     sample = reader.samples(SCENES[0])[1]
-    monkeypatch.setattr("builtins.open", lambda *a, **k: pytest.fail("opened before it was checked"))
+    monkeypatch.setattr(os, "open", lambda *a, **k: pytest.fail("opened before it was checked"))
     for run in (
         lambda: reader.read(sample, EVERYTHING - {"images"}),
         lambda: reader.input_manifest(sample, frozenset({"lidar"})),
