@@ -96,9 +96,9 @@ def _lists(radars: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
 def _entries(index: pa.Table, head: str, count: int) -> NDArray[np.int64]:
     """(lines, count); -1 where a line has no such list."""
     out = np.full((index.num_rows, count), -1, np.int64)
-    for line, values in enumerate(index[head].to_pylist()):
-        if values is not None and len(values) == count:
-            out[line] = values
+    column = index[head].combine_chunks()
+    whole = np.asarray(column.value_lengths().fill_null(0)) == count
+    out[whole] = np.asarray(column.filter(pa.array(whole)).flatten()).reshape(-1, count)
     return out
 
 

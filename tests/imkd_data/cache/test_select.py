@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
@@ -121,6 +122,14 @@ def test_refusals(kept: Any, text: str, says: str, duckdb: bool, monkeypatch: py
         kept.where(text)
     said = f"{caught.value.what} {caught.value.details}"
     assert says in said and "localhost" not in said
+
+
+def test_lines_without_lists_count_as_none(kept: Any) -> None:
+    """Quarantined samples have null or short lists; later lines must not slip into their places."""
+    lists = pa.array([[1, 9], None, [], [2, 8]], pa.list_(pa.int32()))
+    entries = module._entries(pa.table({"num_radar_points": lists}), "num_radar_points", 2)
+    assert entries.tolist() == [[1, 9], [-1, -1], [-1, -1], [2, 8]]
+    assert module._entries(pa.table({"x": lists}).slice(2), "x", 2).tolist() == [[-1, -1], [2, 8]]
 
 
 def test_a_text_that_occurs_nowhere_is_named(kept: Any) -> None:
