@@ -325,6 +325,7 @@ def _write_stored(
     folder.put("infos", _info_files(infos))
     return {
         "depth_order": "ring, then column",
+        "info_order": "scene name, then time",
         "file_names": "sample token, channel, time",
         "rows_within_a_step_of_a_filter_edge": edge,
     }
