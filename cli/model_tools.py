@@ -79,7 +79,7 @@ def import_(file: Path, source: str, out: Path, boxes: str | None, part: str) ->
     config: Any = model.config
     meta = {
         "name": f"imported_{source}",
-        "run": {"name": f"imported_{source}"},
+        "run": {"name": f"imported_{source}", "loader": record["loader"]},
         "method": None,
         "model": config.as_dict(),
         "networks": {},

@@ -19,6 +19,7 @@ __all__ = [
     "StudentConfig",
 ]
 
+NUSCENES_LIDAR_M = (0.943713, 0.0, 1.84023)  # LIDAR_TOP in ego
 MODEL_GRID = BevGrid(x_min_m=-51.2, y_min_m=-51.2, cell_m=0.8, nx=128, ny=128)
 FUSERS = ("concat", "gated", "deformable", "intensity", "heterogeneous", "none")
 
@@ -103,6 +104,8 @@ class StudentConfig(ModelConfig):
     depth_net: plain (CRN) | camera_aware (BEVDepth) | linear (BEVFusion). view: collapsed (CRN: mean over cells that share
     one row's place) | frustum (every cell has its own place, sums). time_fusion: mix (one convolution) | concat (the trunk
     reads all keyframes). fuser none: the only branch's map as it is. source_hw_px: size of the data set's images.
+    radar_encoder points: CRKD's point network on BEV cells. trunk: resnet (CRN) | bevfusion (three strided stages and a
+    two-level neck). convention: bev | bevfusion, see convention.py; mount_m: where its LiDAR sits in ego.
     """
 
     kind: ClassVar[str] = "student"
@@ -138,6 +141,7 @@ class StudentConfig(ModelConfig):
     radar_neck_channels: int = 128
     radar_head_channels: int = 192
     radar_states: bool = False
+    radar_points_per_cell: int = 0  # cap of imported networks; their padding enters the maximum
     norm_momentum: float = 0.01  # of mmdetection3d's parts (necks, radar encoder); short runs need 0.1
     calibration: bool = False
     calibration_init: str = "kaiming"
@@ -157,6 +161,7 @@ class StudentConfig(ModelConfig):
     sim_attention: str = "deformable"
     sim_drop: float = 0.0
     # trunk and head
+    trunk: str = "resnet"
     trunk_base: int = 160
     trunk_blocks: tuple[int, ...] = (2, 2, 2)
     neck_channels: int = 64
@@ -167,6 +172,8 @@ class StudentConfig(ModelConfig):
     depth_weight: float = 3.0
     box_weight: float = 0.25
     velocity_weight: float = 1.0
+    convention: str = "bev"
+    mount_m: tuple[float, float, float] = NUSCENES_LIDAR_M
     parity: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -187,7 +194,9 @@ class StudentConfig(ModelConfig):
         self._check_sizes()
         self._check_lift()
         choices = {
-            "radar_encoder": ("perspective", "bev"),
+            "radar_encoder": ("perspective", "bev", "points"),
+            "trunk": ("resnet", "bevfusion"),
+            "convention": ("bev", "bevfusion"),
             "geometry_rows": ("top", "mean"),
             "calibration_init": ("kaiming", "residual"),
             "camera_gate": ("radar", "camera"),
@@ -217,6 +226,13 @@ class StudentConfig(ModelConfig):
             width = self.camera_channels if self.camera else self.radar_channels
             if width != self.fused_channels:
                 raise RecipeError("with fuser none fused_channels is the branch's width", expected=str(width))
+        if self.convention != "bev" and (
+            self.assisted or len(self.history) > 1 or self.grid.y_min_mm != -round(self.grid.y_max_m * 1000)
+        ):
+            raise RecipeError(
+                "the convention of BEVFusion is for one keyframe, a grid symmetric in y, and radar on BEV cells",
+                next="radar_encoder=points, history=0",
+            )
         if self.view == "frustum" and (self.assisted or self.sim_branch):
             raise RecipeError(
                 "the frustum view knows no radar in perspective and no simulated branch", next="set radar_encoder=bev"
@@ -226,7 +242,7 @@ class StudentConfig(ModelConfig):
 
     def _check_sizes(self) -> None:
         """The strided maps must come back to their own size."""
-        down = 2 ** len(self.trunk_blocks)
+        down = 2 ** (len(self.trunk_blocks) - (self.trunk == "bevfusion"))
         if self.grid.ny % down or self.grid.nx % down:
             raise RecipeError(f"grid counts must divide by {down}", found=f"{self.grid.ny}x{self.grid.nx}")
         height, width = self.image_hw_px
@@ -270,7 +286,7 @@ class LidarConfig(ModelConfig):
     box_weight: float = 0.25
     velocity_weight: float = 0.2
     convention: str = "bev"
-    mount_m: tuple[float, float, float] = (0.943713, 0.0, 1.84023)  # nuScenes LIDAR_TOP
+    mount_m: tuple[float, float, float] = NUSCENES_LIDAR_M
     near_removed_m: float = 0.0
 
     def __post_init__(self) -> None:

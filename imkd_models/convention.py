@@ -5,6 +5,10 @@ mmdetection3d's nuScenes networks live in LiDAR axes: x right, y forward, z from
 (x_L = -y, y_L = x) and z is shifted by the mounting height, so cells map onto cells and nothing is resampled. ``lwh`` networks
 (mmdetection3d 1.0 and later) give length, width, height and the yaw of the heading; ``wlh`` networks (before 1.0) give width,
 length, height and -yaw - pi/2.
+
+``bevfusion``: camera-radar networks of BEVFusion's code base live in the same axes with rows along x_L and columns along
+y_L, so their maps are bev maps upside down. Their inputs are mirrored in y and lowered by the mounting height; boxes
+are ``wlh``.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import torch
 from torch import Tensor
 
 from imkd_data.geometry import BevGrid
-from imkd_data.loader.batch import PointBatch
+from imkd_data.loader.batch import Batch, PointBatch
 from imkd_models.config import LidarConfig
 from imkd_models.head import CentreHead
 from imkd_models.outputs import HeadMaps
@@ -25,12 +29,13 @@ __all__ = [
     "TurnedHead",
     "map_from_network",
     "map_to_network",
+    "mirrored",
     "near_sensor",
     "network_grid",
     "points_to_network",
 ]
 
-CONVENTIONS = ("bev", "mmdet3d_lwh", "mmdet3d_wlh")
+CONVENTIONS = ("bev", "mmdet3d_lwh", "mmdet3d_wlh", "bevfusion")
 
 
 def network_grid(grid: BevGrid) -> BevGrid:
@@ -42,6 +47,20 @@ def points_to_network(lidar: PointBatch, height_m: float) -> PointBatch:
     """Points in LiDAR axes, z measured from the sensor at ``height_m`` above the bev origin."""
     x, y, z = lidar.xyz_m.unbind(-1)
     return replace(lidar, xyz_m=torch.stack([-y, x, z - height_m], dim=-1))
+
+
+def mirrored(batch: Batch, height_m: float) -> Batch:
+    """The batch whose x and y are BEVFusion's y_L and x_L: cameras and radar mirrored in y, z from the LiDAR."""
+    change = torch.eye(4, device=batch.bev_from_ego_B44.device)
+    change[1, 1], change[2, 3] = -1.0, -height_m
+    radar, poses = batch.radar, batch.bev_from_camera_BTV44
+    if radar is not None:
+        x, y, z = radar.xyz_m.unbind(-1)
+        velocity = radar.velocity_mps
+        if velocity is not None:
+            velocity = torch.stack([velocity[:, 0], -velocity[:, 1]], dim=1)
+        radar = replace(radar, xyz_m=torch.stack([x, -y, z - height_m], dim=1), velocity_mps=velocity)
+    return replace(batch, radar=radar, bev_from_camera_BTV44=None if poses is None else change.to(poses.dtype) @ poses)
 
 
 def near_sensor(lidar: PointBatch, config: LidarConfig) -> Tensor:
@@ -63,6 +82,10 @@ def map_to_network(x: Tensor) -> Tensor:
     return x.flip(-2).transpose(-1, -2)
 
 
+def _unflipped(x: Tensor) -> Tensor:
+    return x.flip(-2)
+
+
 class TurnedHead(CentreHead):
     """A CentreHead whose convolutions run in LiDAR axes; takes and gives bev maps."""
 
@@ -71,24 +94,26 @@ class TurnedHead(CentreHead):
         self.convention, self.height_m = convention, height_m
 
     def maps(self, neck: Tensor) -> tuple[HeadMaps, ...]:
-        return tuple(self._to_bev(maps) for maps in super().maps(map_to_network(neck)))
+        inner = neck.flip(-2) if self.convention == "bevfusion" else map_to_network(neck)
+        return tuple(self._to_bev(maps) for maps in super().maps(inner))
 
     forward = maps
 
     def _to_bev(self, maps: HeadMaps) -> HeadMaps:
-        dx, dy = map_from_network(maps.offset_cells_B2YX).split(1, dim=1)
-        vx, vy = map_from_network(maps.velocity_mps_B2YX).split(1, dim=1)
-        sin, cos = map_from_network(maps.yaw_sincos_B2YX).split(1, dim=1)
-        size = map_from_network(maps.log_size_m_B3YX)
-        if self.convention == "mmdet3d_wlh":
+        back = _unflipped if self.convention == "bevfusion" else map_from_network
+        dx, dy = back(maps.offset_cells_B2YX).split(1, dim=1)
+        vx, vy = back(maps.velocity_mps_B2YX).split(1, dim=1)
+        sin, cos = back(maps.yaw_sincos_B2YX).split(1, dim=1)
+        size = back(maps.log_size_m_B3YX)
+        if self.convention in ("mmdet3d_wlh", "bevfusion"):
             size = size[:, [1, 0, 2]]
             sin, cos = -cos, -sin  # the heading's own sine and cosine in LiDAR axes
         return HeadMaps(
             classes=maps.classes,
-            heatmap_logits_BKYX=map_from_network(maps.heatmap_logits_BKYX),
+            heatmap_logits_BKYX=back(maps.heatmap_logits_BKYX),
             # x = y_L; y = -x_L, so the distance from the lower corner becomes that from the upper one.
             offset_cells_B2YX=torch.cat([dy, 1 - dx], dim=1),
-            height_m_B1YX=map_from_network(maps.height_m_B1YX) + self.height_m,
+            height_m_B1YX=back(maps.height_m_B1YX) + self.height_m,
             log_size_m_B3YX=size,
             yaw_sincos_B2YX=torch.cat([-cos, sin], dim=1),
             velocity_mps_B2YX=torch.cat([vy, -vx], dim=1),

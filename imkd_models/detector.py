@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from imkd_data.errors import MismatchError, MissingFeatureError
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import Batch
-from imkd_models.bevdepth import CameraAwareDepthNet, FrustumView, LinearDepthNet, camera_values, pool_frustum
-from imkd_models.blocks import ResNetTrunk, StageNeck, conv_norm_relu
-from imkd_models.camera import DepthNet, Frustum, ImageEncoder, ViewTransform, depth_loss, frustum, pool_views
+from imkd_models.blocks import conv_norm_relu
+from imkd_models.branches import CameraBranch, SimulatedBranch, build_trunk
+from imkd_models.camera import depth_loss, frustum
 from imkd_models.config import FusionConfig, LidarConfig, ModelConfig, StudentConfig
-from imkd_models.convention import TurnedHead
-from imkd_models.fusion import ConcatFuser, GatedFuser, SimulatedRefinement, TimeReduction, build_fuser
+from imkd_models.convention import TurnedHead, mirrored
+from imkd_models.fusion import ConcatFuser, GatedFuser, TimeReduction, build_fuser
 from imkd_models.head import CentreHead, LossOptions, detection_loss
 from imkd_models.lidar import LidarStages
 from imkd_models.outputs import Outputs
 from imkd_models.radar import BevRadarEncoder, CalibrationBlock, PerspectiveRadarEncoder
+from imkd_models.radar_points import PointRadarEncoder
 
 __all__ = ["Detector", "FusionDetector", "LidarDetector", "StudentDetector", "check_grid"]
 
@@ -87,134 +88,6 @@ class Detector(nn.Module):
         raise TypeError(f"{type(self).__name__} has no neck over named stages alone")
 
 
-class Trunk(nn.Module):
-    """bev_fused -> bev_stage0..2 and bev_neck: strided residual stages and a neck over them and the input."""
-
-    def __init__(self, config: StudentConfig) -> None:
-        super().__init__()
-        self.float32 = config.head_float32
-        self.stages = ResNetTrunk(config.trunk_channels, config.trunk_base, config.trunk_blocks)
-        widths = (config.trunk_channels, *self.stages.channels)
-        factors = [2**i for i in range(len(widths))]
-        self.neck = StageNeck(widths, [config.neck_channels] * len(widths), factors, momentum=config.norm_momentum)
-
-    def feature_shapes(self, grid: BevGrid) -> dict[str, tuple[int, int, int]]:
-        """(C, Y, X) of the delivered maps."""
-        stages = {
-            f"bev_stage{i}": (c, grid.ny // 2 ** (i + 1), grid.nx // 2 ** (i + 1)) for i, c in enumerate(self.stages.channels)
-        }
-        return {**stages, "bev_neck": (self.neck.out_channels, *grid.shape)}
-
-    def forward(self, fused: Tensor) -> dict[str, Tensor]:
-        if self.float32:
-            with torch.autocast(fused.device.type, enabled=False):
-                return self._forward(fused.float())
-        return self._forward(fused)
-
-    def _forward(self, fused: Tensor) -> dict[str, Tensor]:
-        stages = self.stages(fused)
-        named = {f"bev_stage{i}": x for i, x in enumerate(stages)}
-        return {**named, "bev_neck": self.neck([fused, *stages])}
-
-
-class CameraBranch(nn.Module):
-    """Images of one keyframe -> maps on the (bin, column) plane of each view, and depth probabilities.
-
-    depth_input: sparse LiDAR depth joins the image features; only teachers have it.
-    """
-
-    def __init__(self, config: StudentConfig, *, radar_assisted: bool, pretrained: bool) -> None:
-        super().__init__()
-        self.config = config
-        self.image = ImageEncoder(config, pretrained=pretrained)
-        width = self.image.neck.out_channels
-        if config.depth_input:
-            extra = max(config.depth_channels // 4, 8)
-            strides = _strides(config.stride_px)
-            layers = [conv_norm_relu(1 if i == 0 else extra, extra, stride=s) for i, s in enumerate(strides)]
-            self.sparse_depth = nn.Sequential(*layers)
-            width += extra
-        c = config
-        if c.depth_net == "linear":
-            self.depth: nn.Module = LinearDepthNet(width, c.camera_channels, c.depth_bins)
-        else:
-            net = CameraAwareDepthNet if c.depth_net == "camera_aware" else DepthNet
-            self.depth = net(width, c.depth_channels, c.camera_channels, c.depth_bins, c.depth_blocks)
-        if c.view == "frustum":
-            self.view: nn.Module = FrustumView(c.camera_channels, aggregate=c.depth_aggregation)
-        else:
-            self.view = ViewTransform(c.camera_channels, c.view_convs, radar=radar_assisted)
-
-    def encode(self, batch: Batch, slot: int) -> Tensor:
-        """(B*V, C, h, w) image features of one history slot."""
-        features = self.image(batch.images_BTVCHW[:, slot].flatten(0, 1))
-        if self.config.depth_input:
-            if "depth_BVHW" not in batch.image_maps:
-                raise MissingFeatureError("this camera branch reads LiDAR depth", expected="image_maps['depth_BVHW']")
-            depth = batch.image_maps["depth_BVHW"].flatten(0, 1)[:, None].to(features.dtype) / 50
-            features = torch.cat([features, self.sparse_depth(depth)], dim=1)
-        return features
-
-    def lift(self, features: Tensor, cells: Frustum, occupancy: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Image features -> plane map (N, C, D, W) and depth probabilities (N, D, h, w)."""
-        context, logits = self.depth(features)
-        depth = logits.float().softmax(1)
-        return self.view(context, depth, cells.valid_NDHW, occupancy), depth
-
-    def pooled(
-        self,
-        batch: Batch,
-        slot: int,
-        features: Tensor,
-        cells: Frustum,
-        radar: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Image features of one slot -> BEV map (B, C, Y, X) and depth probabilities (N, D, h, w). radar: context and
-        occupancy on the same planes; its channels follow those of the camera."""
-        c, count = self.config, len(batch)
-        if c.view == "collapsed":
-            plane, depth = self.lift(features, cells, None if radar is None else radar[1])
-            planes = [plane] if radar is None else [plane, radar[0]]
-            return pool_views(planes, cells, c.grid, count, parity=c.parity), depth
-        extra = ()
-        if c.depth_net == "camera_aware":
-            image33, pose44 = batch.image_from_camera_BTV33[:, 0], batch.bev_from_camera_BTV44[:, 0]
-            extra = (camera_values(image33, pose44, batch.bev_from_ego_B44, c),)  # of the current keyframe, as published
-        context, logits = self.depth(features, *extra)
-        depth = logits.float().softmax(1)
-        return pool_frustum(self.view(context, depth), cells.cell_NDW, c.grid.shape, count), depth
-
-
-def _strides(total: int) -> list[int]:
-    strides = []
-    while total > 1:
-        strides.append(4 if total % 4 == 0 else 2)
-        total //= strides[-1]
-    return strides
-
-
-class SimulatedBranch(nn.Module):
-    """Adaptive-Smooth's simulated point-cloud branch: refined image features, a lift of its own, refined BEV map, plus the
-    radar map by a 1x1 convolution where there is radar. Reads images and radar only."""
-
-    def __init__(self, config: StudentConfig, image_channels: int) -> None:
-        super().__init__()
-        c = self.config = config
-        self.image = SimulatedRefinement(image_channels, c.sim_attention, 10)
-        self.depth = DepthNet(image_channels, c.depth_channels, c.camera_channels, c.depth_bins, c.depth_blocks)
-        self.bev = SimulatedRefinement(c.camera_channels, c.sim_attention, 20)
-        self.radar = nn.Conv2d(c.radar_channels, c.camera_channels, 1) if c.radar else None
-
-    def forward(self, features: Tensor, cells: Frustum, batch: int, radar: Tensor | None) -> Tensor:
-        context, logits = self.depth(self.image(features))
-        with torch.autocast(features.device.type, enabled=False):
-            weight = logits.float().softmax(1) * cells.valid_NDHW.float()
-            plane = torch.einsum("nchw,ndhw->ncdw", context.float(), weight)
-            lifted = pool_views([plane], cells, self.config.grid, batch, parity=self.config.parity)
-        out = self.bev(lifted)
-        return out if self.radar is None else out + self.radar(radar)
-
-
 class StudentDetector(Detector):
     """Camera and radar (either may be off) -> BEV -> centre head. With every method switch off it is CRN.
 
@@ -232,20 +105,26 @@ class StudentDetector(Detector):
         if c.camera:
             self.camera = CameraBranch(c, radar_assisted=self.perspective, pretrained=pretrained)
         if c.radar:
-            self.radar: nn.Module = PerspectiveRadarEncoder(c) if self.perspective else BevRadarEncoder(c)
+            encoders = {"bev": BevRadarEncoder, "points": PointRadarEncoder}
+            kind = PerspectiveRadarEncoder if self.perspective else encoders.get(c.radar_encoder, BevRadarEncoder)
+            self.radar: nn.Module = kind(c)
         self.calibration = CalibrationBlock(c.radar_channels, c.calibration_init) if c.radar and c.calibration else None
         self.sim = SimulatedBranch(c, self.camera.image.neck.out_channels) if c.sim_branch else None
         self.fuser = build_fuser(c)
         mixed = len(c.history) > 1 and c.time_fusion == "mix"
         self.time = TimeReduction(c.fused_channels, len(c.history)) if mixed else None
-        self.trunk = Trunk(c)
-        self.head = CentreHead(
-            self.trunk.neck.out_channels,
-            groups=c.groups,
-            shared_channels=c.head_shared,
-            branch_channels=c.head_branch,
-            float32=c.head_float32,
-        )
+        self.trunk = build_trunk(c)
+        options = {
+            "groups": c.groups,
+            "shared_channels": c.head_shared,
+            "branch_channels": c.head_branch,
+            "float32": c.head_float32,
+        }
+        if c.convention == "bev":
+            self.head = CentreHead(self.trunk.neck.out_channels, **options)
+        else:
+            turn = {"convention": c.convention, "height_m": c.mount_m[2]}
+            self.head = TurnedHead(self.trunk.neck.out_channels, **turn, **options)
         self.feature_shapes = self._shapes()
 
     def _shapes(self) -> dict[str, tuple[int, int, int]]:
@@ -309,7 +188,8 @@ class StudentDetector(Detector):
 
     def forward(self, batch: Batch, past: Sequence[Tensor] | None = None) -> Outputs:
         self._check(batch, past)
-        maps, depth = self.fused_keyframe(batch, 0)
+        turned = self.config.convention != "bev"
+        maps, depth = self.fused_keyframe(mirrored(batch, self.config.mount_m[2]) if turned else batch, 0)
         if len(self.config.history) > 1:
             if past is None:
                 with torch.no_grad():
@@ -317,6 +197,8 @@ class StudentDetector(Detector):
             keyframes = [maps["bev_fused"], *past]
             maps["bev_fused"] = torch.cat(keyframes, dim=1) if self.time is None else self.time(keyframes)
         maps.update(self.trunk(maps["bev_fused"]))
+        if turned:
+            maps = {name: x.flip(-2) for name, x in maps.items()}
         return Outputs(features=maps, head=self.head(maps["bev_neck"]), grid=self.grid, depth_BVDHW=depth)
 
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
@@ -381,7 +263,7 @@ class FusionDetector(Detector):
         fuser = GatedFuser if c.fuser == "gated" else ConcatFuser
         self.fuser = fuser(("bev_camera", "bev_lidar"), (camera.camera_channels, c.lidar_channels), c.fused_channels)
         trunk = camera.with_values(fused_channels=c.fused_channels)
-        self.trunk = Trunk(trunk)
+        self.trunk = build_trunk(trunk)
         self.head = CentreHead(
             self.trunk.neck.out_channels,
             groups=c.groups,

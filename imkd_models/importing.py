@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from imkd_models.keyrules import (
     CENTERPOINT_PILLAR,
     CENTERPOINT_VOXEL,
     CHANGES,
+    CRKD,
     CRN,
     LABELDISTILL_LABEL,
     LABELDISTILL_LIDAR,
@@ -31,6 +32,7 @@ from imkd_models.presets import (
     bevdepth_r50_config,
     build_model,
     centerpoint_pillar_config,
+    crkd_r50_config,
     crn_r18_config,
     crn_r50_config,
     voxel_config,
@@ -116,18 +118,49 @@ def _labeldistill_lidar_config(state: Mapping[str, Tensor]) -> LidarConfig:
     return _voxel_config("labeldistill_lidar", convention="bev")  # trained in the ego frame
 
 
+def _from_distillation(state: Mapping[str, Tensor]) -> bool:
+    return any(key.startswith("encoders_student.") for key in state)
+
+
+def _crkd_config(state: Mapping[str, Tensor]) -> StudentConfig:
+    prefix = "encoders_student" if _from_distillation(state) else "encoders"
+    if any(key.startswith(f"{prefix}.lidar.") for key in state):
+        raise InputDataError(
+            "this is a LiDAR-camera teacher of CRKD, and only its camera-radar students are imported",
+            expected=f"{prefix}.radar.*",
+            found=f"{prefix}.lidar.*: 0.075 m sparse voxels of 1440 x 1440 cells in x, y, z order",
+            next="train a teacher with `imkd train fusion_r50`",
+        )
+    if f"{prefix}.camera.backbone.patch_embed.projection.weight" in state:
+        raise InputDataError(
+            "CRKD's Swin-T networks are not imported",
+            expected="the ResNet-50 student",
+            found="mmdetection's Swin, whose neck reads three levels and whose window order differs from transformers'",
+        )
+    _shape(state, f"{prefix}.camera.vtransform.depthnet.weight", 4, "CRKD student")
+    calibrated = f"{prefix}.radar.backbone.caliber.0.weight" in state
+    return crkd_r50_config(
+        calibration=calibrated,
+        radar_points_per_cell=20,
+        convention="bevfusion",
+        parity=frozenset({"cell_index:trunc", "frustum:linspace_edges"}),
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """One network of a family of public files.
 
     rules: key map; a function where the file decides. ignored: patterns of keys that carry no weights of this network
-    (buffers, loss constants, and other networks in the same file, which the record names).
+    (buffers, loss constants, and other networks in the same file, which the record names). loader: what its input was made
+    with, as in a run's loader section; evaluation and prediction read it.
     """
 
     rules: list[Rule] | Callable[[Mapping[str, Tensor]], list[Rule]]
     config: Callable[[Mapping[str, Tensor]], ModelConfig]
     ignored: tuple[str, ...]
     summary: str
+    loader: Mapping[str, Any] = field(default_factory=dict)
 
     def rules_for(self, state: Mapping[str, Tensor]) -> list[Rule]:
         """The key map for this file."""
@@ -158,6 +191,7 @@ SOURCES: dict[str, Source] = {
             r"model\.fuser\.ref_2d",
         ),
         summary="CRN R18 or R50, 256x704, four keyframes (github.com/youngskkim/CRN), all network parity options on",
+        loader={"radar_filter": "crn", "radar_sweeps": 6},
     ),
     "bevdepth": Source(
         rules=BEVDEPTH,
@@ -176,6 +210,7 @@ SOURCES: dict[str, Source] = {
         config=_labeldistill_lidar_config,
         ignored=_others("lidar"),
         summary="LabelDistill's CenterPoint with 0.1 m voxels, trained in the ego frame; needs spconv",
+        loader={"lidar_sweeps": 10},
     ),
     "labeldistill:label": Source(
         rules=LABELDISTILL_LABEL,
@@ -183,11 +218,23 @@ SOURCES: dict[str, Source] = {
         ignored=_others("label"),
         summary="LabelDistill's label encoder",
     ),
+    "crkd": Source(
+        rules=lambda state: CRKD[_from_distillation(state)],
+        config=_crkd_config,
+        ignored=(
+            r"encoders(_student)?\.camera\.vtransform\.(dx|bx|nx|frustum)",
+            r"encoders(_student)?\.radar\.backbone\.distill_activation_head\..*",
+            r"fused_affinity_loss\..*",
+        ),
+        summary="CRKD's R50 camera-radar student, alone or in a distillation file (github.com/Song-Jingyu/CRKD)",
+        loader={"radar_filter": "none", "radar_sweeps": 6},
+    ),
     "centerpoint_mmdet3d": Source(
         rules=_centerpoint_rules,
         config=_centerpoint_config,
         ignored=(),
         summary="CenterPoint with 0.2 m pillars or 0.1 m voxels (mmdetection3d), in its own axes and units",
+        loader={"lidar_sweeps": 10},
     ),
 }
 
@@ -214,6 +261,8 @@ def import_state(source: str, state: Mapping[str, Tensor], model: nn.Module) -> 
             continue
         own[key] = value.to(own[key].dtype).contiguous()
     ignored = SOURCES[source].ignored
+    if source == "crkd" and _from_distillation(state):
+        ignored += (r"(encoders|fuser|decoder|heads)\..*",)  # the teacher in the same file
     problems += [f"unused {k}" for k in state if k not in used and not any(re.fullmatch(p, k) for p in ignored)]
     if problems:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
@@ -253,6 +302,7 @@ def import_public(
         "file_sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest(),
         "convention": getattr(config, "convention", "bev"),
         "parity": sorted(getattr(config, "parity", ())),
+        "loader": dict(SOURCES[name].loader),
         "keys_of_other_networks": len(set(state) - used),
         "map": None,  # its own scores, filled in by an evaluation
         "nds": None,

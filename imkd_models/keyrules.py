@@ -15,6 +15,7 @@ __all__ = [
     "CENTERPOINT_PILLAR",
     "CENTERPOINT_VOXEL",
     "CHANGES",
+    "CRKD",
     "CRN",
     "LABELDISTILL_LABEL",
     "LABELDISTILL_LIDAR",
@@ -205,3 +206,27 @@ LABELDISTILL_LABEL: list[Rule] = [
     (r"branches\.bev_stage1\.(.*)", rf"{_LABEL}.conv_blocks.0.\1", ""),
     (r"branches\.bev_stage2\.(.*)", rf"{_LABEL}.conv_blocks.1.\1", ""),
 ]
+
+
+def _crkd(suffix: str) -> list[Rule]:
+    """CRKD's student; in a distillation file its names end in ``_student``."""
+    encoders, fuser, decoder, heads = (f"{name}{suffix}" for name in ("encoders", "fuser", "decoder", "heads"))
+    return [
+        *resnet_rules(r"camera\.image\.backbone", f"{encoders}.camera.backbone"),
+        *_neck(r"camera\.image\.neck", f"{encoders}.camera.neck", 1),
+        (r"camera\.depth\.both\.(.*)", rf"{encoders}.camera.vtransform.depthnet.\1", ""),
+        (r"radar\.layers\.(\d)\.(.*)", rf"{encoders}.radar.backbone.pts_voxel_encoder.rfn_layers.\1.\2", ""),
+        (r"calibration\.blocks\.(\d)\.(\d)\.(.*)", rf"{encoders}.radar.backbone.caliber.*\1+\2.\3", ""),
+        (r"fuser\.gates\.(\d)\.(.*)", rf"{fuser}.input_conv_sensor_+\1.\2", ""),
+        (r"fuser\.mix\.(.*)", rf"{fuser}.output_fuser_conv_norm.\1", ""),
+        (r"trunk\.stages\.(\d)\.(\d)\.norm(\d)\.(.*)", rf"{decoder}.backbone.\1.\2.bn\3.\4", ""),
+        (r"trunk\.stages\.(\d)\.(\d)\.shortcut\.(.*)", rf"{decoder}.backbone.\1.\2.downsample.\3", ""),
+        (r"trunk\.stages\.(.*)", rf"{decoder}.backbone.\1", ""),
+        (r"trunk\.neck\.fuse\.(.*)", rf"{decoder}.neck.fuse.\1", ""),
+        (r"trunk\.neck\.up\.0\.(.*)", rf"{decoder}.neck.upsample.1.\1", ""),
+        (r"trunk\.neck\.up\.1\.(.*)", rf"{decoder}.neck.upsample.2.\1", ""),
+        *_head(f"{heads}.object"),
+    ]
+
+
+CRKD: dict[bool, list[Rule]] = {False: _crkd(""), True: _crkd("_student")}

@@ -119,6 +119,33 @@ def bevdepth_r50_config(**changes: Any) -> StudentConfig:
     return base.with_values(**changes)
 
 
+def crkd_r50_config(**changes: Any) -> StudentConfig:
+    """CRKD's camera-radar student, ResNet-50, 256x704, one keyframe, 180x180 cells of 0.6 m."""
+    base = StudentConfig(
+        name="crkd_r50",
+        grid=BevGrid(x_min_m=-54.0, y_min_m=-54.0, cell_m=0.6, nx=180, ny=180),
+        history=(0,),
+        stride_px=8,
+        depth_min_m=1.0,
+        depth_step_m=1.0,
+        depth_bins=59,
+        depth_net="linear",
+        view="frustum",
+        z_range_m=(-10.0, 10.0),
+        radar_encoder="points",
+        radar_states=True,
+        radar_channels=256,
+        calibration=True,
+        fuser="gated",
+        fused_channels=256,
+        trunk="bevfusion",
+        trunk_base=128,
+        head_float32=False,
+        depth_weight=0.0,
+    )
+    return base.with_values(**changes)
+
+
 _TINY_STUDENT: dict[str, Any] = {
     "name": "tiny",
     "history": (0,),
@@ -249,6 +276,7 @@ _FUNCTIONS: tuple[Callable[..., ModelConfig], ...] = (
     convnext_b_config,
     swin_t_config,
     bevdepth_r50_config,
+    crkd_r50_config,
     tiny_config,
     centerpoint_pillar_config,
     pillar_r34_config,
@@ -297,6 +325,11 @@ def swin_t(**changes: Any) -> StudentDetector:
 def bevdepth_r50(**changes: Any) -> StudentDetector:
     """Module of ``bevdepth_r50_config``."""
     return StudentDetector(bevdepth_r50_config(**changes))
+
+
+def crkd_r50(**changes: Any) -> StudentDetector:
+    """Module of ``crkd_r50_config``."""
+    return StudentDetector(crkd_r50_config(**changes))
 
 
 def tiny(**changes: Any) -> StudentDetector:

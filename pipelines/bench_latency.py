@@ -254,7 +254,7 @@ def run_latency_bench(
         raise UsageError("latency is measured for one student or teacher", found=run.name, expected="for example crn_r50")
     on_gpu = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if on_gpu else "cpu")
-    model: nn.Module = build_model(config, pretrained=False).eval()
+    model: Any = build_model(config, pretrained=False).eval()
     batch = random_batch(config, radar_points=radar_points, lidar_points=lidar_points)
     costs = {m: part_costs(_call(model, batch, m), model, 2) for m in modes if _mode_exists(config, m)}
     model = model.to(device).to(memory_format=torch.channels_last)

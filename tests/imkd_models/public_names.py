@@ -199,3 +199,40 @@ def labeldistill() -> State:
             n.norm(f"{block}.1", out)
             n.basic(f"{block}.3", out, out)
     return {**bevdepth(5, 150, 300), **n.state, **centerpoint_voxel("model.centerpoint.")}
+
+
+def crkd_student(suffix: str = "", *, calibrated: bool = False) -> State:
+    """CRKD's R50 camera-radar student; suffix ``_student`` in a distillation file."""
+    n = Names()
+    camera, radar = f"encoders{suffix}.camera", f"encoders{suffix}.radar.backbone"
+    resnet50(n, f"{camera}.backbone")
+    kinds = [("conv", 256, 128, 2), ("deconv", 512, 128, 1), ("deconv", 1024, 128, 2), ("deconv", 2048, 128, 4)]
+    second_fpn(n, f"{camera}.neck", kinds)
+    for name, shape in (("dx", (3,)), ("bx", (3,)), ("nx", (3,)), ("frustum", (59, 32, 88, 3))):
+        n.put(f"{camera}.vtransform.{name}", *shape)
+    n.conv(f"{camera}.vtransform.depthnet", 59 + 80, 512, 1, 1, bias=True)
+    for i in range(4):
+        n.linear(f"{radar}.pts_voxel_encoder.rfn_layers.{i}.linear", 256, 47 if i == 0 else 256, bias=False)
+        n.norm(f"{radar}.pts_voxel_encoder.rfn_layers.{i}.norm", 256)
+    if calibrated:
+        for i in (0, 3, 6):
+            n.conv(f"{radar}.caliber.{i}", 256, 256, 3, 3, bias=True)
+            n.norm(f"{radar}.caliber.{i + 1}", 256)
+        n.conv(f"{radar}.distill_activation_head.0", 1, 256, 1, 1)
+    fuser = f"fuser{suffix}"
+    n.conv(f"{fuser}.input_conv_sensor_1", 80, 336, 3, 3, bias=True)
+    n.conv(f"{fuser}.input_conv_sensor_2", 256, 336, 3, 3, bias=True)
+    n.conv(f"{fuser}.output_fuser_conv_norm.0", 256, 336, 3, 3)
+    n.norm(f"{fuser}.output_fuser_conv_norm.1", 256)
+    width = 256
+    for stage, out in enumerate((128, 256, 512)):
+        n.basic(f"decoder{suffix}.backbone.{stage}.0", width, out, shortcut=True)
+        n.basic(f"decoder{suffix}.backbone.{stage}.1", out, out)
+        width = out
+    neck = f"decoder{suffix}.neck"
+    for name, inner, kernel in (("fuse.0", 640, 1), ("fuse.3", 256, 3), ("upsample.1", 256, 3)):
+        n.conv(f"{neck}.{name}", 256, inner, kernel, kernel)
+    for name in ("fuse.1", "fuse.4", "upsample.2"):
+        n.norm(f"{neck}.{name}", 256)
+    centre_head(n, f"heads{suffix}.object", 256)
+    return n.state

@@ -233,3 +233,22 @@ def test_centerpoint_file_round_trip_records_its_convention(tmp_path):
         )
     assert import_public("centerpoint_mmdet3d", tmp_path / "c.pth", boxes="lwh")[1]["convention"] == "mmdet3d_lwh"
     assert all(source.summary for source in SOURCES.values())
+
+
+def test_the_checkpoint_says_what_its_input_was_made_with(tmp_path):
+    """CRN's network saw six sweeps behind CRN's filter; evaluation and prediction ask the stream for the same."""
+    from click.testing import CliRunner
+
+    from cli.model import group
+    from imkd_models.checkpoint import load_model
+    from imkd_models.presets import centerpoint_pillar_config
+    from pipelines.predict import stream_options
+
+    model = LidarDetector(centerpoint_pillar_config())
+    torch.save({"state_dict": public_state("centerpoint_mmdet3d", model)}, tmp_path / "c.pth")
+    arguments = ["import", "--from", "centerpoint_mmdet3d", str(tmp_path / "c.pth"), "--out", str(tmp_path / "out")]
+    assert CliRunner().invoke(group, arguments, catch_exceptions=False).exit_code == 0
+    loaded, meta = load_model(tmp_path / "out")
+    assert stream_options(loaded, meta)["lidar_sweeps"] == 10
+    assert SOURCES["crn"].loader == {"radar_filter": "crn", "radar_sweeps": 6}
+    assert SOURCES["crkd"].loader == {"radar_filter": "none", "radar_sweeps": 6}

@@ -253,6 +253,7 @@ def test_the_command_reads_a_whole_file_at_true_size(tmp_path):
     model, meta = load_model(tmp_path / "out")
     record = meta["imported"]
     assert record["keys_of_other_networks"] == 4 and record["convention"] == "bev" and len(record["file_sha256"]) == 64
+    assert record["loader"] == {} and meta["run"]["name"] == "imported_bevdepth"
     assert record["parity"] == sorted(BEVDEPTH_PARITY) == sorted(model.config.parity)
     weight = model.state_dict()["camera.depth.depth.4.weight"]
     assert weight.shape == (512, 128, 3, 3) and torch.equal(weight, torch.full_like(weight, 0.01))

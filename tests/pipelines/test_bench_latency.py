@@ -63,7 +63,6 @@ def test_every_mode_precision_and_engine_has_a_figure_or_a_reason(facts: dict[st
         assert row["share_of_floor"] == pytest.approx(row["floor"]["seconds"] / row["median_s"])
     one, four = (rows[m, "bf16", "eager"]["floor"]["flops"] for m in ("cached past", "all keyframes"))
     assert 1.2 < four / one < 2.2  # two keyframes against one
-    assert rows["all keyframes", "bf16", "eager"]["median_s"] > rows["cached past", "bf16", "eager"]["median_s"]
 
 
 def test_parts_add_up(facts: dict[str, Any]) -> None:
