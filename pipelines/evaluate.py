@@ -273,12 +273,14 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Run a checkpoint on a cache's rows and score it against the tree the cache was built from.
 
-    ``out`` gets ``results.json``, ``metrics_summary.json``, ``metrics_details.json``. split None: the val split if the
+    ``out`` gets ``results.json``, ``metrics_summary.json``, ``metrics_details.json``; ``scores.json`` beside the checkpoint
+    keeps its mAP and NDS. split None: the val split if the
     cache has one, else all rows. ``progress(done, total)`` is called per batch.
     """
     from imkd_data import open_cache
     from imkd_models.checkpoint import load_model
     from pipelines.predict import predict_cache
+    from pipelines.strength import record_scores
 
     opened = open_cache(cache) if isinstance(cache, str | Path) else cache
     rows = scored_rows(opened, split, scenes)
@@ -291,7 +293,7 @@ def evaluate_checkpoint(
         )
     model, meta = load_model(checkpoint, device)
     results = predict_cache(model, opened, rows, out, meta=meta, device=device, batch_size=batch_size, progress=progress)
-    return evaluate_results(
+    summary = evaluate_results(
         results,
         dataroot=Path(dataroot),
         version=opened.recipe.version,
@@ -302,6 +304,8 @@ def evaluate_checkpoint(
         reference_channel=opened.recipe.reference_channel,
         extra={"checkpoint": checkpoint_identity(Path(checkpoint), meta), "cache": opened.id},
     )
+    record_scores(checkpoint, meta, summary)
+    return summary
 
 
 def checkpoint_identity(checkpoint: Path, meta: Mapping[str, Any]) -> dict[str, Any]:

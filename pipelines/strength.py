@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,29 @@ from imkd_data.errors import ImkdError
 from imkd_models.checkpoint import load_checkpoint
 from pipelines.run import Run
 
-__all__ = ["MARGIN_MAP", "own_scores", "teacher_warnings"]
+__all__ = ["MARGIN_MAP", "own_scores", "record_scores", "teacher_records", "teacher_warnings"]
 
 MARGIN_MAP = 0.05  # a teacher should lead by five points of mAP (imkd: section 2.1)
 # Published mAP of the camera-radar baselines on nuScenes val, the yardstick where no own baseline was scored.
 PUBLISHED_BASELINE_MAP = {"crn_r18": 0.449, "crn_r50": 0.4725}
-_SUMMARY = "metrics_summary.json"
+_SUMMARY, SCORES_FILE = "metrics_summary.json", "scores.json"
 
 
 def own_scores(checkpoint: Path | str) -> dict[str, Any] | None:
-    """mAP, NDS and where they were read: in the checkpoint's own record (``imported``, validation), or in the
-    ``metrics_summary.json`` of an evaluation written inside or beside it. None where it was never scored."""
+    """mAP, NDS and where they were read: in the checkpoint's own record, in ``scores.json`` beside it (`imkd evaluate` writes
+    it, by the hash of the weights), or in a ``metrics_summary.json`` in or below its run. None where it was never scored."""
     loaded = load_checkpoint(checkpoint)
     metrics, imported = loaded.meta.get("metrics") or {}, loaded.meta.get("imported") or {}
     for record, name in ((metrics, "checkpoint"), (imported, "import")):
         if record.get("map") is not None:
             return {"map": float(record["map"]), "nds": record.get("nds"), "from": name}
     run = Path(loaded.path).parent
+    if (run / SCORES_FILE).is_file():
+        try:
+            kept = json.loads((run / SCORES_FILE).read_text(encoding="utf-8"))[loaded.meta["weights_sha256"]]
+            return {"map": float(kept["map"]), "nds": float(kept["nds"]), "from": str(run / SCORES_FILE)}
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # of other weights, or damaged: an evaluation's own file may say more
     for path in sorted([*run.glob(_SUMMARY), *run.glob(f"*/{_SUMMARY}")], key=lambda p: p.stat().st_mtime, reverse=True):
         try:
             summary = json.loads(path.read_text(encoding="utf-8"))
@@ -38,6 +45,39 @@ def own_scores(checkpoint: Path | str) -> dict[str, Any] | None:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return None
+
+
+def record_scores(checkpoint: Path | str, meta: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+    """Keep a network's own scores beside its checkpoint, under the hash of its weights, with its input convention: what a
+    teacher's record must say. A folder that cannot be written to is left alone."""
+    path = Path(load_checkpoint(checkpoint).path).parent / SCORES_FILE
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        known[str(meta["weights_sha256"])] = {
+            "map": float(summary["mean_ap"]),
+            "nds": float(summary["nd_score"]),
+            "samples": summary.get("num_samples"),
+            "engine": summary.get("engine"),
+            "cache": summary.get("cache"),
+            "convention": dict(meta["model"]).get("convention", "bev"),
+        }
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except (OSError, ValueError):
+        return
+
+
+def teacher_records(teachers: Mapping[str, Path | str]) -> dict[str, dict[str, Any]]:
+    """{teacher: weights_sha256, convention, map, nds}: what the student's checkpoint says about its teachers."""
+    out = {}
+    for name, path in teachers.items():
+        meta = load_checkpoint(path).meta
+        scores = own_scores(path) or {}
+        convention = dict(meta["model"]).get("convention", "bev")
+        own = {"weights_sha256": meta["weights_sha256"], "convention": convention}
+        out[name] = {**own, "map": scores.get("map"), "nds": scores.get("nds")}
+    return out
 
 
 def teacher_warnings(

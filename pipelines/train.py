@@ -31,7 +31,7 @@ from pipelines.optimise import Ema, lr_factor, make_optimiser, synchronised
 from pipelines.resumable import check_resumable
 from pipelines.run import Run
 from pipelines.sampling import make_paster, saved_rows
-from pipelines.strength import teacher_warnings
+from pipelines.strength import teacher_records, teacher_warnings
 from pipelines.trainlog import Meter, Tick, TrainLog
 from pipelines.trainmeta import cache_meta, restore, saved_run, stage_teachers, stream_meta
 
@@ -137,6 +137,7 @@ class _Trainer:
             epochs = -(-self.total // self.steps_per_epoch)
             self.stream.reader.paste = make_paster(run, cache, self.stream.order.rows, out, epochs, write=self.rank == 0)
             self.fabric.barrier()
+        self.teacher_records = teacher_records(teachers)
         self.warnings = teacher_warnings(run, teachers, baseline=run.baseline or None, model_name=self.networks.config.name)
         self.meter = Meter(self.global_batch)
         self.losses: dict[str, float] = {}
@@ -351,6 +352,7 @@ class _Trainer:
             "teachers": self.networks.teacher_sha256,
             "cache": cache_meta(self.cache, self.stream),
             "stream": stream_meta(self.stream),
+            "teacher_records": self.teacher_records,
             "warnings": self.warnings,
             "metrics": {"losses": self.losses, "skipped": self.skips, **({} if score is None else {"score": score})},
         }

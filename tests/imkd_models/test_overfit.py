@@ -10,6 +10,8 @@ from imkd_models.detector import LidarDetector
 from imkd_models.head import DecodeOptions, decode
 from imkd_models.presets import build_model, label_config_for
 
+BEVDEPTH = {"radar": False, "fuser": "none", "fused_channels": 32, "view": "frustum", "depth_net": "camera_aware"}
+BEVFUSION = {"fuser": "gated", "view": "frustum", "depth_net": "linear", "radar_encoder": "points", "trunk": "bevfusion"}
 FAMILIES = {
     "student": lambda: build_model(small_student()),
     "imkd student": lambda: build_model(small_student(fuser="intensity")),
@@ -17,6 +19,8 @@ FAMILIES = {
     "smooth student": lambda: build_model(small_student(fuser="heterogeneous", sim_branch=True)),
     "radar only": lambda: build_model(small_student(camera=False)),
     "camera only": lambda: build_model(small_student(radar=False)),
+    "bevdepth": lambda: build_model(small_student(**BEVDEPTH)),
+    "bevfusion student": lambda: build_model(small_student(**BEVFUSION)),
     "lidar": lambda: build_model(small_lidar()),
     "fusion": lambda: build_model(small_fusion()),
     "label": lambda: _label(),

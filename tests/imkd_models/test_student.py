@@ -30,6 +30,23 @@ VARIANTS = {
     "radar only": {"camera": False},
     "mean rows": {"geometry_rows": "mean"},
     "wide head": {"head_branch": 8},
+    "bevdepth": {
+        "radar": False,
+        "fuser": "none",
+        "fused_channels": 32,
+        "view": "frustum",
+        "depth_net": "camera_aware",
+        "time_fusion": "concat",
+    },
+    "bevfusion": {
+        "fuser": "gated",
+        "view": "frustum",
+        "depth_net": "linear",
+        "radar_encoder": "points",
+        "radar_states": True,
+        "trunk": "bevfusion",
+        "trunk_blocks": (1, 1, 1),
+    },
     "crn parity": {
         "parity": frozenset(
             {
@@ -147,7 +164,7 @@ def test_past_keyframes_get_no_gradient_and_can_be_cached():
     assert torch.equal(whole, cached) and not torch.equal(whole, other)
 
 
-@pytest.mark.parametrize("name", ["concat", "intensity", "crkd", "smooth", "radar only", "crn parity"])
+@pytest.mark.parametrize("name", ["concat", "intensity", "crkd", "smooth", "radar only", "crn parity", "bevdepth", "bevfusion"])
 def test_no_radar_no_boxes_no_depth_returns_is_finite(name):
     model = build(**VARIANTS[name])
     batch = make_batch(boxes=0, slots=1)
@@ -265,7 +282,7 @@ def test_strict_loading_names_what_is_missing():
         build(fused_channels=40).load_state_dict(model.state_dict())
 
 
-@pytest.mark.parametrize("name", ["concat", "intensity", "smooth"])
+@pytest.mark.parametrize("name", ["concat", "intensity", "smooth", "bevdepth", "bevfusion"])
 def test_bf16_autocast_stays_close_and_finite(name):
     model, batch = build(**VARIANTS[name]).eval(), make_batch()
     with torch.no_grad():
@@ -277,8 +294,9 @@ def test_bf16_autocast_stays_close_and_finite(name):
     assert all(t.dtype == torch.float32 and t.isfinite() for t in terms.values())
 
 
-def test_channels_last_gives_the_same():
-    model, batch = build().eval(), make_batch()
+@pytest.mark.parametrize("name", ["concat", "deformable", "bevdepth", "bevfusion"])
+def test_channels_last_gives_the_same(name):
+    model, batch = build(**VARIANTS[name]).eval(), make_batch()
     with torch.no_grad():
         a = model(batch).features["bev_neck"]
         b = model.to(memory_format=torch.channels_last)(batch).features["bev_neck"]

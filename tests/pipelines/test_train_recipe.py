@@ -19,7 +19,7 @@ from pipelines.report import make_report
 from pipelines.run import LoaderConfig, OptimConfig, Run
 from pipelines.runs import RUNS
 from pipelines.sampling import balanced, virtual_rows
-from pipelines.strength import own_scores, teacher_warnings
+from pipelines.strength import own_scores, record_scores, teacher_warnings
 from pipelines.train import train
 
 
@@ -195,6 +195,24 @@ def test_what_a_teacher_is_compared_with(teacher: Path) -> None:
     (line,) = teacher_warnings(run, {"lidar": teacher}, model_name="tiny")
     assert "no known baseline" in line
     (teacher / "eval" / "metrics_summary.json").unlink()
+
+
+def test_a_networks_own_scores_are_kept_beside_it(cache: Any, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    train(toy_run(max_steps=1), cache, teacher, accelerator="cpu")
+    meta = load_checkpoint(teacher).meta
+    summary = {"mean_ap": 0.31, "nd_score": 0.42, "num_samples": 9, "engine": "fast", "cache": "c"}
+    record_scores(teacher / "last.ckpt", meta, summary)
+    kept = json.loads((teacher / "scores.json").read_text())[meta["weights_sha256"]]
+    assert kept == {"map": 0.31, "nds": 0.42, "samples": 9, "engine": "fast", "cache": "c", "convention": "bev"}
+    assert own_scores(teacher) == {"map": 0.31, "nds": 0.42, "from": str(teacher / "scores.json")}
+    train(distilled(), cache, tmp_path / "s", {"lidar": teacher}, accelerator="cpu")
+    said = load_checkpoint(tmp_path / "s").meta["teacher_records"]
+    assert said == {"lidar": {"weights_sha256": meta["weights_sha256"], "convention": "bev", "map": 0.31, "nds": 0.42}}
+    train(toy_run(max_steps=2), cache, teacher, resume=True, accelerator="cpu")  # other weights: the score is not theirs
+    assert own_scores(teacher) is None
+    (teacher / "scores.json").write_text("{")
+    assert own_scores(teacher) is None
 
 
 def test_settings_that_came_later_do_not_stop_a_resume(cache: Any, tmp_path: Path) -> None:
