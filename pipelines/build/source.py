@@ -13,7 +13,7 @@ from imkd_data.cache.store import open_cache
 from imkd_data.cache.verify import Problem
 from imkd_data.errors import ImkdError
 from imkd_data.fields.base import CacheField, Stored
-from imkd_data.sample import Reader
+from imkd_data.sample import Payload, Reader, Sample
 from pipelines.build.request import Asked, merged, resolve
 
 __all__ = ["verify_source"]
@@ -55,8 +55,17 @@ def verify_source(
             rows: dict[str, Stored] = {}
             for name in order:
                 one = resolved.fields[name]
-                up = {u: rows[u] for u in one.upstream}
-                rows[name] = fresh = one.compute(payload, resolved.recipe, plan.suite, up, {})
+                if not set(one.upstream) <= set(rows):
+                    continue  # that field could not be computed, which is said already
+                try:
+                    rows[name] = fresh = one.compute(
+                        payload, resolved.recipe, plan.suite, {u: rows[u] for u in one.upstream}, {}
+                    )
+                except ImkdError as error:
+                    what, file = f"source changed: {error.what}", error.details.get("file")
+                    where = {"field": name, "shard": number, "token": sample.token}
+                    problems.append(Problem(rule="source.changed", what=what, file=file, **where))
+                    continue
                 old = cache.read_parts(name, row) if one.kind == "blob" else cache.read(name, row)
                 same = _equal(fresh, old)
                 if not same:
@@ -67,10 +76,20 @@ def verify_source(
                             field=name,
                             shard=number,
                             token=sample.token,
-                            file=", ".join(f[0] for f in payload.files[:1]),
+                            file=_suspects(sample, payload, fresh, old),
                         )
                     )
     return problems
+
+
+def _suspects(sample: Sample, payload: Payload, fresh: Stored, old: Stored) -> str:
+    """The images whose stored parts differ; for other fields the first file of the sample, as any of them may be the one."""
+    if isinstance(fresh, dict) and isinstance(old, dict):
+        stems = {part.partition(".")[0] for part in fresh.keys() | old.keys() if fresh.get(part) != old.get(part)}
+        images = [f.path for f in sample.cameras if f.camera.name.lower() in stems]
+        if images:
+            return ", ".join(images)
+    return ", ".join(f[0] for f in payload.files[:1])
 
 
 def _equal(a: Stored, b: Stored) -> bool:

@@ -491,7 +491,7 @@ def test_f46_file_changes_size_between_plan_and_build(tmp_path: Path, monkeypatc
     assert "toy_count" in str(caught.value) and not (tmp_path / "c" / "manifest.json").exists()
 
 
-def test_f47_f48_are_in_test_keys_and_plan(world: Path, tmp_path: Path) -> None:
+def test_f47_another_recipe_is_refused(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "c"
     build_toy(world, out)
     with pytest.raises(MismatchError, match="another recipe"):
