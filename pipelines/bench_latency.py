@@ -256,7 +256,13 @@ def run_latency_bench(
     device = torch.device("cuda" if on_gpu else "cpu")
     model: Any = build_model(config, pretrained=False).eval()
     batch = random_batch(config, radar_points=radar_points, lidar_points=lidar_points)
-    costs = {m: part_costs(_call(model, batch, m), model, 2) for m in modes if _mode_exists(config, m)}
+    sizes = {p: DTYPES[p].itemsize for p in precisions}
+    costs = {
+        (m, size): part_costs(_call(model, batch, m), model, size)
+        for m in modes
+        if _mode_exists(config, m)
+        for size in sorted(set(sizes.values()))
+    }
     model = model.to(device).to(memory_format=torch.channels_last)
     batch = batch.to(device)
     rates = {p: matmul_flops(device, {"fp32": "32-true"}.get(p, f"{p}-mixed")) for p in precisions}
@@ -267,7 +273,7 @@ def run_latency_bench(
             if not _mode_exists(config, mode):
                 rows.append({"mode": mode, "precision": precision, "engine": "", "error": "this network reads one keyframe"})
                 continue
-            floor = _floor(costs[mode], rates[precision], bandwidth)
+            floor = _floor(costs[mode, sizes[precision]], rates[precision], bandwidth)
             rows += _measured(model, batch, mode, precision, engines, floor, device, repeats, backend)
     facts = {
         "v": 1,
