@@ -21,7 +21,7 @@ from imkd_data.sample import Sample
 from imkd_data.views.export_crn import all_there, raw_reader
 from imkd_data.views.lidar import RawView
 from imkd_data.views.records import Records, pickled
-from imkd_data.views.released import rotation_of
+from imkd_data.views.released import box_in, rotation_of
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
@@ -108,14 +108,13 @@ class _Infos:
 
     def _truth(self, row: int, cal: dict[str, Any], pose: dict[str, Any]) -> dict[str, Any]:
         truth = self.r.annotations(row)
-        world, own = rotation_of(pose["rotation"]), rotation_of(cal["rotation"])
-        centre = np.array([a["translation"] for a in truth], dtype=np.float64).reshape(-1, 3)
-        centre = ((centre - pose["translation"]) @ world - cal["translation"]) @ own
-        turned = np.array([own.T @ world.T @ rotation_of(a["rotation"]) for a in truth]).reshape(-1, 3, 3)
-        # As the quaternion library of the scripts takes it: a few microradians off the heading where a box is tilted.
-        yaw = np.arctan2(-turned[:, 0, 1], turned[:, 0, 0]).reshape(-1, 1)
+        # As the quaternion library of the scripts takes the heading: a few microradians off where a box is tilted.
+        placed = [box_in((pose, cal), a["translation"], a["rotation"]) for a in truth]
+        centre = np.array([c for c, _ in placed]).reshape(-1, 3)
+        yaw = np.array([y for _, y in placed]).reshape(-1, 1)
         size_wlh = np.array([a["size"] for a in truth], dtype=np.float64).reshape(-1, 3)
-        flat = np.array([[*a["velocity"][:2], 0.0] for a in truth]).reshape(-1, 3)
+        back = [np.linalg.inv(rotation_of(r["rotation"])).T for r in (pose, cal)]
+        velocity = [(np.array([*a["velocity"][:2], 0.0]) @ back[0] @ back[1])[:2] for a in truth]
         points = np.array([[a["num_lidar_pts"], a["num_radar_pts"]] for a in truth], dtype=np.int64).reshape(-1, 2)
         if self.radar:
             boxes = np.concatenate([centre, size_wlh, -yaw - np.pi / 2], axis=1)
@@ -124,7 +123,7 @@ class _Infos:
         return {
             "gt_boxes": boxes,
             "gt_names": np.array([CLASS_FROM_CATEGORY.get(a["category_name"], a["category_name"]) for a in truth]),
-            "gt_velocity": (flat @ world @ own)[:, :2],
+            "gt_velocity": np.array(velocity).reshape(-1, 2),
             "num_lidar_pts": points[:, 0],
             "num_radar_pts": points[:, 1],
             "valid_flag": points.sum(axis=1) > 0,

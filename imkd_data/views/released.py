@@ -6,23 +6,33 @@ rotation matrices come from quaternion products. None of this is used elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Cloud32", "image_points", "rotation_of", "transform_of"]
+__all__ = ["Cloud32", "box_in", "image_points", "rotation_of", "transform_of"]
 
 F64 = NDArray[np.float64]
 
 
+def _unit(wxyz: ArrayLike) -> F64:
+    q: F64 = np.array(wxyz, dtype=np.float64)
+    return q / np.sqrt(np.dot(q, q)) if abs(1.0 - np.dot(q, q)) >= 1e-14 else q
+
+
+def _times(wxyz: ArrayLike) -> F64:
+    """(4, 4) that multiplies a quaternion from the left."""
+    w, x, y, z = np.array(wxyz, dtype=np.float64)
+    return np.array([[w, -x, -y, -z], [x, w, -z, y], [y, z, w, -x], [z, -y, x, w]])
+
+
 def rotation_of(wxyz: ArrayLike) -> F64:
     """(3, 3) as the product of the two quaternion matrices; normalised first unless the square sum is 1 within 1e-14."""
-    q = np.array(wxyz, dtype=np.float64)
-    if abs(1.0 - np.dot(q, q)) >= 1e-14:
-        q = q / np.sqrt(np.dot(q, q))
+    q = _unit(wxyz)
     w, x, y, z = q
-    left = np.array([[w, -x, -y, -z], [x, w, -z, y], [y, z, w, -x], [z, -y, x, w]])
+    left = _times(q)
     right = np.array([[w, -x, -y, -z], [x, w, z, -y], [y, -z, w, x], [z, y, -x, w]])
     matrix: F64 = np.dot(left, right.conj().transpose())[1:][:, 1:]
     return matrix
@@ -38,6 +48,18 @@ def transform_of(translation_m: ArrayLike, wxyz: ArrayLike, inverse: bool = Fals
         matrix[:3, :3] = rotation
         matrix[:3, 3] = np.array(translation_m)
     return matrix
+
+
+def box_in(frames: Sequence[Mapping[str, Any]], translation_m: ArrayLike, wxyz: ArrayLike) -> tuple[F64, float]:
+    """Centre (3,) and heading of a box after stepping into one frame after the other (pose and calibration records)."""
+    centre, orientation = np.array(translation_m, dtype=np.float64), np.array(wxyz, dtype=np.float64)
+    for frame in frames:
+        q = np.array(frame["rotation"], dtype=np.float64)
+        inverse = _unit(q * np.array([1.0, -1.0, -1.0, -1.0]) / np.dot(q, q))
+        centre = np.dot(rotation_of(inverse), centre + -np.array(frame["translation"]))
+        orientation = np.dot(_times(inverse), orientation)
+    w, x, y, z = _unit(orientation)
+    return centre, float(np.arctan2(2 * (w * z - x * y), 1 - 2 * (y**2 + z**2)))
 
 
 class Cloud32:

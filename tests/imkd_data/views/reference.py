@@ -10,6 +10,7 @@ from functools import reduce
 from typing import Any
 
 import numpy as np
+from nuscenes.eval.detection.utils import category_to_detection_name
 from nuscenes.nuscenes import NuScenes
 from nuscenes.utils.data_classes import LidarPointCloud, RadarPointCloud
 from nuscenes.utils.geometry_utils import transform_matrix, view_points
@@ -179,6 +180,78 @@ def to_top(nusc: NuScenes, token: str, cal: dict, pose: dict) -> tuple[np.ndarra
     chain += [transform_matrix(r["translation"], Quaternion(r["rotation"])) for r in (own_pose, own_cal)]
     matrix = reduce(np.dot, chain)
     return matrix[:3, :3], matrix[:3, 3]
+
+
+CONVERTER_CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
+
+
+def converter_scan(nusc: NuScenes, token: str, kind: str, cal: dict, pose: dict) -> dict:
+    """A scan's entry in the converter's infos: row vectors, so points @ rotation.T + translation."""
+    data, own_cal, own_pose = records(nusc, token)
+    own, world = (Quaternion(r["rotation"]).rotation_matrix for r in (own_cal, own_pose))
+    key, key_world = (np.linalg.inv(Quaternion(r["rotation"]).rotation_matrix).T for r in (cal, pose))
+    rotation = (own.T @ world.T) @ (key_world @ key)
+    translation = (own_cal["translation"] @ world.T + own_pose["translation"]) @ (key_world @ key)
+    translation -= pose["translation"] @ (key_world @ key) + cal["translation"] @ key
+    return {
+        "data_path": str(nusc.get_sample_data_path(token)),
+        "type": kind,
+        "sample_data_token": token,
+        "sensor2ego_translation": own_cal["translation"],
+        "sensor2ego_rotation": own_cal["rotation"],
+        "ego2global_translation": own_pose["translation"],
+        "ego2global_rotation": own_pose["rotation"],
+        "timestamp": data["timestamp"],
+        "sensor2lidar_rotation": rotation.T,
+        "sensor2lidar_translation": translation,
+    }
+
+
+def chain(nusc: NuScenes, token: str, limit: int) -> list[str]:
+    """Up to ``limit`` sample_data tokens before one."""
+    out: list[str] = []
+    while len(out) < limit and (token := nusc.get("sample_data", token)["prev"]):
+        out.append(token)
+    return out
+
+
+def converter_info(nusc: NuScenes, sample: dict, radar: bool, as_released: bool) -> dict:
+    """mmdetection3d's info of a sample; with radar the older box order and the radar scans of BEVFusion and CRKD."""
+    lidar = sample["data"]["LIDAR_TOP"]
+    _, cal, pose = records(nusc, lidar)
+    boxes = nusc.get_sample_data(lidar)[1]
+    annotations = [nusc.get("sample_annotation", token) for token in sample["anns"]]
+    back = [np.linalg.inv(Quaternion(r["rotation"]).rotation_matrix).T for r in (pose, cal)]
+    velocity = [np.array([*nusc.box_velocity(t)[:2], 0.0]) @ back[0] @ back[1] for t in sample["anns"]]
+    yaw = np.array([b.orientation.yaw_pitch_roll[0] for b in boxes]).reshape(-1, 1)
+    centre, wlh = (np.array([getattr(b, n) for b in boxes]).reshape(-1, 3) for n in ("center", "wlh"))
+    shape = [wlh, -yaw - np.pi / 2] if radar else [wlh[:, [1, 0, 2]], yaw]
+    info = {
+        "lidar_path": nusc.get_sample_data_path(lidar),
+        "token": sample["token"],
+        "cams": {},
+        "lidar2ego_translation": cal["translation"],
+        "lidar2ego_rotation": cal["rotation"],
+        "ego2global_translation": pose["translation"],
+        "ego2global_rotation": pose["rotation"],
+        "timestamp": sample["timestamp"],
+        "sweeps": [converter_scan(nusc, t, "lidar", cal, pose) for t in chain(nusc, lidar, 10)],
+        "gt_boxes": np.concatenate([centre, *shape], axis=1),
+        "gt_names": np.array([category_to_detection_name(b.name) or b.name for b in boxes]),
+        "gt_velocity": np.array(velocity).reshape(-1, 3)[:, :2],
+        "num_lidar_pts": np.array([a["num_lidar_pts"] for a in annotations]),
+        "num_radar_pts": np.array([a["num_radar_pts"] for a in annotations]),
+        "valid_flag": np.array([a["num_lidar_pts"] + a["num_radar_pts"] > 0 for a in annotations]),
+    }
+    for name in CONVERTER_CAMERAS:
+        token = sample["data"][name]
+        info["cams"][name] = converter_scan(nusc, token, name, cal, pose)
+        info["cams"][name]["cam_intrinsic"] = nusc.get_sample_data(token)[2]
+    for name in RADARS if radar else ():
+        scans = [sample["data"][name], *chain(nusc, sample["data"][name], 5)]
+        scans += [scans[-1]] * (6 - len(scans)) if as_released else []
+        info.setdefault("radars", {})[name] = [converter_scan(nusc, t, name, cal, pose) for t in scans]
+    return info
 
 
 def radar_45(nusc: NuScenes, sample: dict, as_released: bool) -> np.ndarray:
