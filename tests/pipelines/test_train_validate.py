@@ -43,7 +43,7 @@ def test_the_best_checkpoint_is_kept_and_training_is_not_disturbed(line: Any, tm
 def test_a_dead_worker_is_an_error_with_tokens_and_advice(tmp_path: Path) -> None:
     cache = open_cache(disk_cache(tmp_path))
     batches = iter(stream(cache, 1, workers=1, split="all", fields=("boxes",)))
-    next(batches)
+    next(batches), next(batches)  # the first one is made here
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid or 0, signal.SIGKILL)
     with pytest.raises(StorageError, match="worker died") as error:
@@ -68,7 +68,8 @@ def test_a_worker_that_hangs_is_named_after_the_timeout(tmp_path: Path) -> None:
 def test_streaming_leaves_the_callers_signal_handler(tmp_path: Path) -> None:
     """torch's own handler would raise a worker's death anywhere, for instance inside a checkpoint's write."""
     before = signal.getsignal(signal.SIGCHLD)
-    next(iter(stream(open_cache(disk_cache(tmp_path)), 1, workers=1, split="all", fields=("boxes",))))
+    batches = iter(stream(open_cache(disk_cache(tmp_path)), 1, workers=1, split="all", fields=("boxes",)))
+    next(batches), next(batches)  # the first one is made here, without a worker
     assert signal.getsignal(signal.SIGCHLD) is before
 
 
@@ -98,5 +99,6 @@ def test_the_table_of_counts_is_current() -> None:
             if macs_key(config) not in table:
                 missing.append(f"{name}/{one.name}")
             elif "tiny" in config.name:
-                assert table[macs_key(config)] == list(count_cost(config) or ()), name
+                macs, kept = count_cost(config) or (0, 0)
+                assert table[macs_key(config)] == [macs, pytest.approx(kept, rel=0.01)], name  # what autograd keeps is torch's
     assert not missing, "run `python -m pipelines.counting`"
