@@ -165,7 +165,7 @@ class Stream:
         for key in keys():
             try:
                 value = arrived(values, self.timeout_s)
-            except (RuntimeError, ConnectionError) as error:  # a worker killed while it hands over a tensor resets its socket
+            except (RuntimeError, ConnectionError, EOFError) as error:  # killed while it hands over a tensor: its socket ends
                 raise self._worker_error(error, source, key) from error
             if isinstance(value, ImkdError):
                 raise value
