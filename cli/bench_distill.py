@@ -47,6 +47,10 @@ def _names(text: str | None) -> tuple[str, ...]:
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Processes that write the world.")
 @click.option("--steps", "steps", multiple=True, metavar="NETWORK=N", help="lidar, label, fusion or student.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Setting of every run.")
+@click.option(
+    "--held-in", default=0, type=click.IntRange(min=0), help="Tune: score the last N train scenes, left out of training."
+)
+@click.option("--try", "tries", multiple=True, metavar="METHOD:K=V,...", help="With --held-in: another setting of a method.")
 @click.option("--max-runs", type=click.IntRange(min=0), help="Stop after so many new runs.")
 @click.option("--no-admission", is_flag=True, help="Run methods on a world that does not pass; the table says so.")
 @click.option("--docs", type=PATH, help="Also write results.json and results.md there, with the scene bootstrap.")
@@ -68,6 +72,8 @@ def distill(
     workers: int,
     steps: tuple[str, ...],
     settings: tuple[str, ...],
+    held_in: int,
+    tries: tuple[str, ...],
     max_runs: int | None,
     no_admission: bool,
     docs: Path | None,
@@ -98,6 +104,8 @@ def distill(
         workers=workers,
         steps={k: _whole(k, v) for k, v in parse_settings(steps).items()},
         settings=parse_settings(settings),
+        held_in=held_in,
+        tries=tries,
         max_runs=max_runs,
         admission=False if no_admission else None,
         docs=docs,

@@ -43,6 +43,18 @@ class Bench:
     settings: Mapping[str, Any] = field(default_factory=dict)
     materials: str = "class"
     devices: int = 1
+    held_in: int = 0
+
+    @property
+    def scored(self) -> dict[str, Any]:
+        """Rows that count: the val scenes, or the train scenes that tuning keeps back."""
+        from imkd_data.loader.rows import TRAIN_SPLITS
+        from pipelines.sampling import held_in_scenes
+
+        if not self.held_in:
+            return {}
+        splits = sorted(set(self.cache.index.column("split").to_pylist()) & set(TRAIN_SPLITS))
+        return {"split": ",".join(splits), "scenes": held_in_scenes(self.cache, "train", self.held_in)}
 
     @property
     def device(self) -> str:
@@ -147,8 +159,11 @@ def _score(bench: Bench, checkpoint: Path, folder: Path) -> dict[str, Any]:
 
     out = folder / "eval"
     bench.tell(f"{folder.parent.name} {folder.name}: scoring")
-    summary = evaluate_checkpoint(checkpoint, bench.cache, bench.world, out, bench.engine, device=bench.device, batch_size=2)
-    rows = scored_rows(bench.cache)
+    which = bench.scored
+    summary = evaluate_checkpoint(
+        checkpoint, bench.cache, bench.world, out, bench.engine, **which, device=bench.device, batch_size=2
+    )
+    rows = scored_rows(bench.cache, **which)
     tables = read_tables(
         out / "results.json",
         bench.world,

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imkd_data.errors import UsageError
 from pipelines.bench_cell import Bench, train_and_score
-from pipelines.bench_rows import PRESETS, Row, rows_of
+from pipelines.bench_rows import PRESETS, Row, rows_of, with_tries
 from pipelines.bench_world import make_cache, make_world, write_json
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def bench_distill(
     materials: str = "class",
     accelerator: str = "auto",
     devices: int = 1,
+    held_in: int = 0,
+    tries: Sequence[str] = (),
     engine: str = "devkit",
     workers: int = 1,
     steps: Mapping[str, int] | None = None,
@@ -66,6 +68,8 @@ def bench_distill(
         methods, rows: only these methods, or only these rows with their twins. world, cache: existing ones instead of
         ``out/world`` and ``out/cache``. materials: of the synthetic world (``class`` or ``independent``).
         devices: training processes of every run, as `imkd train --devices`; it changes no result beyond rounding.
+        held_in: tune: every run leaves out the last scenes of train and is scored on them, val scenes are never read.
+        tries: with held_in, further rows ``METHOD:option=value,...``; every tried setting stays in the table.
         steps: optimiser steps by network (lidar, label, fusion, student); settings: ``--set`` values for every run.
         max_runs: stop after so many new runs, for filling the table in several goes. admission: False runs methods on a
         world and preset that do not pass; the table says so. docs: folder that gets results.json and results.md too.
@@ -82,7 +86,11 @@ def bench_distill(
     if preset not in PRESETS:
         raise UsageError(f"no benchmark preset {preset!r}", expected=", ".join(PRESETS), found=preset)
     chosen = PRESETS[preset]
-    root, plan = Path(out), rows_of(tuple(blocks), tuple(methods), tuple(rows))
+    if tries and not held_in:
+        raise UsageError(
+            "settings are tried on train scenes only", expected="--held-in N", found="val scenes", rule="bench.tuning"
+        )
+    root, plan = Path(out), with_tries(rows_of(tuple(blocks), tuple(methods), tuple(rows)), tries)
     state = {"done": 0, "total": 0}
 
     def tell(text: str) -> None:
@@ -100,6 +108,8 @@ def bench_distill(
             "rows": ",".join(rows),
             "materials": materials,
             "engine": engine,
+            "held-in": str(held_in or ""),
+            "try": " --try ".join(tries),
         },
         steps or {},
         settings or {},
@@ -127,6 +137,7 @@ def bench_distill(
         settings={**chosen.settings, **(settings or {})},
         materials=materials,
         devices=devices,
+        held_in=held_in,
     )
     cells = _order(plan, tuple(seeds))
     state["total"] = len(cells)
@@ -176,7 +187,7 @@ def _order(plan: Sequence[Row], seeds: tuple[int, ...]) -> list[tuple[Row, int]]
         raise UsageError("the benchmark needs at least one seed")
     cells = [(r, s) for s in seeds for r in plan if r.seeds == "all" or s == seeds[0]]
     rank = {"baseline": 0}
-    order = {"main": 1, "controls": 2, "ablations": 3, "defects": 4}
+    order = {"main": 1, "tuning": 1, "controls": 2, "ablations": 3, "defects": 4}
     return sorted(cells, key=lambda c: (rank.get(c[0].kind, order[c[0].block]), seeds.index(c[1])))
 
 
@@ -206,6 +217,7 @@ def _run(bench: Bench, network: str, *, seed: int) -> Run:
     from pipelines.runs import get_run
 
     run = get_run(bench.preset.networks[network]).with_settings({k: str(v) for k, v in bench.settings.items()})
+    run = run.with_values(loader=replace(run.loader, leave_out=bench.held_in))
     run = run.with_values(seed=seed, tensorboard=False, keep=1)
     if network not in bench.steps:  # a full-size run keeps its own epochs and checkpoints
         return run

@@ -29,6 +29,7 @@ def probe_terms(
     from imkd_models.checkpoint import load_checkpoint, load_weights
     from imkd_models.distill import gradient_norms
     from pipelines.networks import build_networks, stream_values
+    from pipelines.sampling import virtual_rows
 
     networks = build_networks(run, dict(teachers), pretrained=False)
     if networks.distiller is None:
@@ -41,7 +42,7 @@ def probe_terms(
     batches = stream(
         cache,
         run.batch_size,
-        split=run.loader.split,
+        rows=virtual_rows(cache, run.loader, run.seed).tolist(),
         seed=run.seed,
         workers=0,
         radar_filter=run.loader.radar_filter,

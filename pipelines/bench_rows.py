@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from imkd_data.errors import UsageError
 
-__all__ = ["BLOCKS", "PRESETS", "PUBLISHED_GAIN_NDS", "Preset", "Row", "all_rows", "rows_of"]
+__all__ = ["BLOCKS", "PRESETS", "PUBLISHED_GAIN_NDS", "Preset", "Row", "all_rows", "rows_of", "with_tries"]
 
 # Gains over their own baselines that the papers report, in NDS points: context, not pass marks.
 PUBLISHED_GAIN_NDS = {"imkd": 5.0, "crkd": 3.2, "adaptive_smooth": 4.5, "dual_distill": 3.9}
@@ -86,7 +87,7 @@ class Row:
 
     name: str
     block: str
-    kind: str  # baseline | twin | method | control | ablation | defect
+    kind: str  # baseline | twin | method | control | ablation | defect | tuning
     method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -279,6 +280,30 @@ def _defects() -> list[Row]:
         for p in sorted(CRN_PARITY)
     ]
     return rows
+
+
+def with_tries(plan: Sequence[Row], tries: Sequence[str]) -> list[Row]:
+    """The plan and one row for each ``METHOD:option=value,...`` beside its twin. Errors: UsageError, RecipeError."""
+    from imkd_models.distill import METHODS
+
+    rows, known = list(plan), {r.name: r for r in all_rows()}
+    for text in tries:
+        method, _, pairs = text.partition(":")
+        if method not in METHODS or not all("=" in p for p in pairs.split(",")):
+            raise UsageError("a try is METHOD:option=value,...", expected=", ".join(METHODS), found=text)
+        options = {k.strip(): _value(v) for k, v in (p.split("=", 1) for p in pairs.split(","))}
+        METHODS[method].make_options(options)
+        twin = f"{method}_twin"
+        rows += [known[twin]] * (twin not in {r.name for r in rows})
+        rows.append(Row(name=text, block="tuning", kind="tuning", method=method, options=options, twin=twin, note="tried"))
+    return rows
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def all_rows() -> list[Row]:

@@ -17,7 +17,7 @@ from pipelines.machine import Machine, make_fabric
 from pipelines.networks import Networks, TrainUnit, build_networks, stream_values, use_cached_teachers
 from pipelines.optimise import Ema, make_optimiser
 from pipelines.run import Run
-from pipelines.sampling import virtual_rows
+from pipelines.sampling import is_listed, virtual_rows
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
@@ -55,7 +55,7 @@ class StepCost:
 def loader_values(run: Run, networks: Networks, cache: Cache | None = None) -> dict[str, Any]:
     """Arguments of ``stream`` for a run: what the networks need and what the loader section says."""
     loader = run.loader
-    listed = cache is not None and loader.sampling != "uniform"
+    listed = cache is not None and is_listed(loader)
     return {
         **({"rows": virtual_rows(cache, loader, run.seed)} if listed else {"split": loader.split}),  # type: ignore[arg-type]
         "augment": loader.augment,

@@ -58,9 +58,10 @@ class LoaderConfig:
     skip (the next sample of the order takes its place). sampling: uniform |
     cbgs (every class equally often; the list of rows is saved in the run). paste: objects from other rows for LiDAR
     networks, with at least paste_min_points cached points, at most paste_per_class kept of a class, off in the last
-    paste_off_epochs epochs."""
+    paste_off_epochs epochs. leave_out: the split's last scenes that are not trained on, a held-in part to tune on."""
 
     split: str = "train"
+    leave_out: int = 0
     shuffle: str = "global"
     workers: int = 2
     radar_filter: str = "crn"

@@ -1,4 +1,5 @@
-"""Which rows an epoch takes: every row once, or CBGS's list with repetitions. The list is saved in the run's folder."""
+"""Which rows an epoch takes: every row once, CBGS's list with repetitions, or all but some scenes. Such a list is saved in the
+run's folder."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imkd_data.classes import DETECTION_CLASSES
-from imkd_data.errors import MismatchError
+from imkd_data.errors import MismatchError, UsageError
 from imkd_data.loader.order import key64, permuted
 from imkd_data.loader.paste import Paster, write_bank
 from imkd_data.loader.rows import read_rows, select_rows
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
     from pipelines.run import LoaderConfig, Run
 
-__all__ = ["ROWS_FILE", "balanced", "make_paster", "saved_rows", "virtual_rows"]
+__all__ = ["ROWS_FILE", "balanced", "held_in_scenes", "is_listed", "make_paster", "saved_rows", "virtual_rows"]
 
 I64 = NDArray[np.int64]
 ROWS_FILE, BANK_FILE = "rows.npy", "paste_bank.npz"
@@ -43,9 +44,27 @@ def balanced(rows: I64, has_class: NDArray[np.bool_], seed: int) -> I64:
     return np.sort(np.concatenate(parts)) if parts else rows[:0]
 
 
+def is_listed(loader: LoaderConfig) -> bool:
+    """Whether an epoch is a list of its own rather than every row of the split."""
+    return loader.sampling != "uniform" or loader.leave_out > 0
+
+
+def held_in_scenes(cache: Cache, split: str, count: int) -> list[str]:
+    """The last ``count`` scenes of a split, in index order. Errors: UsageError where none would be left."""
+    chosen = set(select_rows(read_rows(cache), split).tolist())
+    pairs = zip(cache.index.column("row").to_pylist(), cache.index.column("scene").to_pylist(), strict=True)
+    scenes = list(dict.fromkeys(scene for row, scene in pairs if int(row) in chosen))
+    if not 0 <= count < len(scenes):
+        raise UsageError("scenes are kept back from training", expected=f"0 to {len(scenes) - 1} of {split}", found=str(count))
+    return scenes[len(scenes) - count :]
+
+
 def virtual_rows(cache: Cache, loader: LoaderConfig, seed: int) -> I64:
     """Rows of one epoch, repetitions included; the stream shuffles them anew every epoch."""
     rows = select_rows(read_rows(cache), loader.split)
+    if loader.leave_out:
+        kept_back = [cache.rows(scenes=[name]) for name in held_in_scenes(cache, loader.split, loader.leave_out)]
+        rows = rows[~np.isin(rows, np.concatenate(kept_back))]
     if loader.sampling == "uniform":
         return rows
     has_class = np.zeros((len(rows), len(DETECTION_CLASSES)), dtype=bool)

@@ -30,7 +30,7 @@ from pipelines.networks import Networks, TrainUnit, build_networks, use_cached_t
 from pipelines.optimise import Ema, lr_factor, make_optimiser, synchronised
 from pipelines.resumable import check_resumable
 from pipelines.run import Run
-from pipelines.sampling import make_paster, saved_rows
+from pipelines.sampling import is_listed, make_paster, saved_rows
 from pipelines.strength import teacher_records, teacher_warnings
 from pipelines.trainlog import Meter, Tick, TrainLog
 from pipelines.trainmeta import cache_meta, restore, saved_run, stage_teachers, stream_meta
@@ -152,7 +152,7 @@ class _Trainer:
             device=self.fabric.device,
             **loader_values(self.run, self.networks, self.cache),
         )
-        if self.run.loader.sampling != "uniform":
+        if is_listed(self.run.loader):
             saved_rows(made.order.rows, self.out, write=self.rank == 0)
         if self.top != "overfit" and (held := held_out_rows(self.cache, made.order.rows)):
             raise UsageError(

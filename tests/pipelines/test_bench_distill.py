@@ -7,14 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pipelines.bench_cell as cell
 import pipelines.bench_distill as bench
-from imkd_data.errors import MismatchError, UsageError
+from imkd_data import open_cache
+from imkd_data.errors import ImkdError, MismatchError, UsageError
 from imkd_models.distill import METHODS
 from pipelines.bench_report import admission_test
-from pipelines.bench_rows import ABLATIONS, BLOCKS, all_rows, rows_of
+from pipelines.bench_rows import ABLATIONS, BLOCKS, PRESETS, all_rows, rows_of
 
 GAIN = {"teacher_lidar": 20.0, "teacher_fusion": 21.0, "camera_only": -5.0, "radar_only": -12.0, "imkd": 3.0, "crkd": 1.0}
 
@@ -167,6 +169,22 @@ def test_a_holder_of_nuscenes_gets_full_size_runs_on_the_own_data(fake: dict[str
     assert report["cache"] == "cache" and len(row["identity"]) == 16 and row["weights_sha256"] and report["versions"]["imkd"]
 
 
+def test_settings_are_tried_on_train_scenes_only_and_all_stay_in_the_table(fake: dict[str, Any]) -> None:
+    tries = ("imkd:lambda_l2m=0.25", "imkd:lambda_l2m=0.5,rho=0.1")
+    with pytest.raises(UsageError, match="train scenes only"):
+        _run(fake, seeds=(0,), rows=("plain",), tries=tries)
+    report = _run(fake, seeds=(0,), rows=("plain",), tries=tries, held_in=3, admission=False)
+    assert {r["method"] for r in report["rows"]} >= {"imkd_twin", *tries}
+    gains = {p["method"]: p["against"] for p in report["paired"]}
+    assert gains == dict.fromkeys(tries, "imkd_twin")
+    assert fake["runs"][tries[1]].options == {"lambda_l2m": 0.5, "rho": 0.1}
+    assert {run.loader.leave_out for run in fake["runs"].values()} == {3}
+    assert "--held-in 3 --try imkd:lambda_l2m=0.25 --try imkd:lambda_l2m=0.5,rho=0.1" in report["commands"][-1]
+    for wrong in ("nothing:a=1", "imkd:rho", "imkd:no_such_option=1"):
+        with pytest.raises(ImkdError):
+            _run(fake, seeds=(0,), rows=("plain",), tries=(wrong,), held_in=3, admission=False)
+
+
 def test_chosen_rows_bring_their_twins() -> None:
     names = [r.name for r in rows_of(("main",), (), ("crkd+divide_by_batch",))]
     assert names == ["plain", "crkd_twin", "crkd", "crkd+divide_by_batch"]
@@ -189,3 +207,17 @@ def test_several_devices_train_in_a_process_of_their_own(tmp_path: Path) -> None
     assert [r["method"] for r in report["rows"]] == ["teacher_lidar", "plain"] and report["rows"][1]["steps"] == 2
     log = (tmp_path / "runs" / "plain" / "seed0" / "train" / "log.jsonl").read_text()
     assert len([line for line in log.splitlines() if '"loss"' in line]) == 2, "one rank writes the log"
+
+
+@pytest.mark.slow
+def test_tuning_trains_and_scores_on_train_scenes_only(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"out": tmp_path, "preset": "smoke", "seeds": (0,), "rows": ("plain",), "accelerator": "cpu"}
+    bench.bench_distill(**values, held_in=1)
+    cache = open_cache(tmp_path / "cache")
+    train = [int(r) for r in cache.rows("train")]
+    trained = np.load(tmp_path / "runs" / "plain" / "seed0" / "train" / "rows.npy").tolist()
+    score = json.loads((tmp_path / "runs" / "plain" / "seed0" / "score.json").read_text())
+    assert set(trained) < set(train) and score["samples"] == len(train) - len(trained) == PRESETS["smoke"].keyframes
+    with pytest.raises(UsageError, match="kept back"):
+        world, cache = tmp_path / "world", tmp_path / "cache"
+        bench.bench_distill(**{**values, "out": tmp_path / "other"}, world=world, cache=cache, held_in=99)
