@@ -164,7 +164,7 @@ class _Scan:
         once = {str(e.details.get("file")): e for e in self.missing}
         by_channel: dict[str, int] = {}
         for error in once.values():
-            name = str(error.details.get("channel", "?"))
+            name = str(error.details.get("channel") or Path(str(error.details.get("file", "?"))).parent.name)
             by_channel[name] = by_channel.get(name, 0) + 1
         scenes = sorted({str(e.details.get("scene", "?")) for e in once.values()})
         first = next(iter(once.values()))

@@ -505,8 +505,9 @@ def test_f47_another_recipe_is_refused(world: Path, tmp_path: Path) -> None:
 def test_missing_files_are_grouped_before_anything_is_written(tmp_path: Path) -> None:
     root = write_toy(tmp_path / "w", scenes=4)
     for scene in ("toy-001", "toy-002"):
-        (root / open_toy(root).samples(scene)[2].lidar[0].path).unlink()
-    with pytest.raises(SourceMissingError) as caught:
+        gone = root / open_toy(root).samples(scene)[2].lidar[0].path
+        gone.unlink()
+    with pytest.raises(SourceMissingError, match=f"missing {gone.parent.name}: 2") as caught:
         build_toy(root, tmp_path / "c")
     assert caught.value.code == 8 and len(caught.value.problems) == 2 and "--scenes available" in str(caught.value)
     assert not (tmp_path / "c" / "recipe.json").exists()
