@@ -148,7 +148,13 @@ def export(
 
 @click.command()
 @click.argument("cache", type=PATH)
-@click.option("--against", default="zarr,webdataset", show_default=True, metavar="A,B", help="Also mosaicml, litdata, crn.")
+@click.option(
+    "--against",
+    default="zarr,webdataset",
+    show_default=True,
+    metavar="A,B",
+    help="Also mosaicml, litdata, where they are installed.",
+)
 @click.option("--seconds", type=float, default=2.0, show_default=True, help="Per measurement.")
 @click.option("--workers", type=int, default=1, show_default=True, help="Reader threads.")
 @common

@@ -241,4 +241,5 @@ def _against(
 ) -> Measured:
     """Their number of a row is its place in ``rows``."""
     there, ours, ratio = _both(theirs, lambda r: cache.read(name, r), rows, seconds, range(len(rows)))
-    return _compared(f"{package} read {name}", f"{package} {_installed(package)}; imkd", there, ours, ratio)
+    note = f"random order, {package} {_installed(package)}; imkd"
+    return _compared(f"{package} read {name}", note, there, ours, ratio)

@@ -62,9 +62,9 @@ def verify_source(
                         payload, resolved.recipe, plan.suite, {u: rows[u] for u in one.upstream}, {}
                     )
                 except ImkdError as error:
-                    what, file = f"source changed: {error.what}", error.details.get("file")
-                    where = {"field": name, "shard": number, "token": sample.token}
-                    problems.append(Problem(rule="source.changed", what=what, file=file, **where))
+                    what, file = f"source changed: {error.what}", str(error.details.get("file", ""))
+                    found = Problem(rule="source.changed", what=what, file=file, field=name, shard=number, token=sample.token)
+                    problems.append(found)
                     continue
                 old = cache.read_parts(name, row) if one.kind == "blob" else cache.read(name, row)
                 same = _equal(fresh, old)
