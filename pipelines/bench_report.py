@@ -19,6 +19,7 @@ __all__ = ["admission_test", "markdown", "write_report"]
 
 Score = Mapping[str, Any]
 MIN_TEACHER_GAP, PLAIN_RANGE, MAX_DETECTABLE = 8.0, (25.0, 65.0), 2.0
+MIN_SEEDS = 6
 
 
 def _by_row(scores: Sequence[Score]) -> dict[str, dict[int, Score]]:
@@ -79,6 +80,18 @@ def _spread(rows: Mapping[str, Mapping[int, Score]]) -> dict[str, Any]:
         "smallest_detectable_gain_nds": _number(found),
         "fine_enough": bool(found <= MAX_DETECTABLE),
     }
+
+
+def _unfinished(rows: Mapping[str, Mapping[int, Score]], admission: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
+    """What this table still lacks before anything may be claimed from it."""
+    out = [] if admission["passed"] else ["the admission test is not passed"]
+    for name in ("plain", *PUBLISHED_GAIN_NDS):
+        for row in (name, f"{name}_twin") if name != "plain" else (name,):
+            if (have := len(rows.get(row, {}))) < MIN_SEEDS:
+                out.append(f"{row}: {have} of {MIN_SEEDS} seeds")
+    if len(rows.get("plain", {})) >= MIN_SEEDS and not spread["fine_enough"]:
+        out.append(f"the smallest detectable gain is above {MAX_DETECTABLE:g} NDS")
+    return out
 
 
 def _matches(score: Score) -> SceneMatches | None:
@@ -151,7 +164,7 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
     scores = sorted(read_scores(out), key=lambda s: (place.get(s["row"], -1), s["row"], s["seed"]))
     rows = _by_row(scores)
     count = draws if draws is not None else (400 if docs is not None else 0)
-    admission = admission_test(scores)
+    admission, spread = admission_test(scores), _spread(rows)
     paired = []
     base, teacher = _mean(rows.get("plain", {})), _mean(rows.get("teacher_lidar", {}))
     for name, runs in rows.items():
@@ -177,7 +190,8 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
         "versions": scores[0]["versions"] if scores else {},
         "commands": json.loads((out / "commands.json").read_text()) if (out / "commands.json").is_file() else [],
         "admission": admission,
-        "spread": _spread(rows),
+        "spread": spread,
+        "unfinished": _unfinished(rows, admission, spread),
         "rows": [
             {
                 "method": s["row"],
@@ -226,6 +240,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         "# Distillation benchmark",
         "",
         _where(report),
+        "",
+        *([f"**Unfinished, no claim is made from it:** {'; '.join(report['unfinished'])}."] if report["unfinished"] else []),
         "",
         "```",
         *report["commands"],

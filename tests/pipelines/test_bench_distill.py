@@ -94,7 +94,14 @@ def test_table_holds_both_gains_with_intervals_and_holm(fake: dict[str, Any]) ->
     assert report["commands"] == [f"{line} --out DIR --docs docs"]
     saved = json.loads((fake["out"] / "docs" / "results.json").read_text())
     assert saved == report and "| imkd | distillation | imkd_twin |" in (fake["out"] / "docs" / "results.md").read_text()
+    assert "imkd: 3 of 6 seeds" in report["unfinished"]
+    assert "**Unfinished, no claim" in (fake["out"] / "docs" / "results.md").read_text()
     assert report["spread"]["seeds"] == 3 and report["spread"]["fine_enough"]
+
+
+def test_six_seeds_of_everything_finish_the_table(fake: dict[str, Any]) -> None:
+    report = _run(fake, seeds=tuple(range(6)))
+    assert report["unfinished"] == [] and "Unfinished" not in (fake["out"] / "results.md").read_text()
 
 
 def test_each_run_gets_exactly_its_teachers(fake: dict[str, Any]) -> None:
