@@ -57,6 +57,7 @@ def plan(
       imkd-data plan --split mini_train --set image_hw_px=396x704 --out C --update --explain
     """
     from pipelines.build.estimate import cores, forecast
+    from pipelines.build.finish import dropped_line
     from pipelines.build.planning import plan_only
 
     request = recipe_from_options(**options, update=update)
@@ -89,6 +90,8 @@ def plan(
         screen.say(f"  {name}: left out, {reason}")
     for name, reason in resolved.missing_scenes.items():
         screen.say(f"  {name}: left out, {reason}")
+    for one in made.dropped:
+        screen.say(f"  {dropped_line(one, request['out'])}")
     if explain:
         for q in made.queue:
             screen.say(f"  shard {q.shard:05d} {q.field}: {q.reason}")
@@ -102,6 +105,7 @@ def plan(
         shards=len(made.shards),
         queue=[{"field": q.field, "shard": q.shard, "reason": q.reason} for q in made.queue],
         left_out=dict(resolved.left_out),
+        dropped_fields={one.field: dropped_line(one, request["out"]) for one in made.dropped},
         missing_scenes=dict(resolved.missing_scenes),
         missing=missing.as_json() if missing else None,
         **result.as_json(),
@@ -190,7 +194,7 @@ class _Watch:
             if event.done < event.total:
                 self.bar = self.screen.progress("build", event.total - event.done)
                 self.bar.__enter__()
-        elif event.kind == "death":
+        elif event.kind in ("death", "dropped"):
             self.screen.say(f"warning: {event.text}")
             self.screen.emit("warning", text=event.text)
         elif event.kind == "shard":
@@ -255,6 +259,7 @@ def _last_screen(screen: Screen, r: BuildResult) -> None:
         dropped=dict(r.dropped),
         warnings=dict(r.warnings),
         left_out=dict(r.left_out),
+        dropped_fields=dict(r.dropped_fields),
         missing_scenes=dict(r.missing_scenes),
         quarantined=list(r.quarantined),
         deaths=r.deaths,

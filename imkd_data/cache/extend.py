@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from imkd_data.cache import keys, layout
+from imkd_data.cache.added import rows_hash
 from imkd_data.cache.commit import commit_bytes, remove_file, sha256_hex
 from imkd_data.cache.index import index_bytes, read_index
 from imkd_data.cache.manifest import manifest_bytes
@@ -56,16 +58,21 @@ def add_fields(
         raise UsageError("the cache has quarantined samples", next="repair or rebuild them first")
     recipe = cache.recipe.with_values(fields=tuple(dict.fromkeys([*cache.recipe.fields, *(f.name for f in fields)])))
     parts = {n: e["key_recipe_part"] for n, e in cache.manifest["fields"].items()}
-    mine = {f.name: f for f in fields}
-    for one in fields:
-        entries = keys.recipe_entries(one, recipe)
-        about = {"dataset": recipe.dataset, "field": one.name, "version": one.version, "recipe": entries}
-        parts[one.name] = keys.hash_of({**about, "upstream": {u: parts[u] for u in upstream}})
+    mine = {f.name: _told(f, upstream) for f in fields}
+    for one in mine.values():
+        parts[one.name] = keys.recipe_part(one, recipe, parts)
     for shard in cache.shards:
         _shard(cache, shard.number, mine, upstream, parts, recipe, compute)
         if progress is not None:
             progress(shard.number + 1, len(cache.shards))
     _publish(cache, mine, parts, recipe)
+
+
+def _told(one: CacheField, upstream: Sequence[str]) -> CacheField:
+    """The field with what it depends on in its metadata, from which a later build tells whether it still holds."""
+    names = tuple(sorted(upstream))
+    added = {"uses": list(one.uses), "upstream": list(names)}
+    return replace(one, upstream=names, attributes=lambda recipe, suite: {**one.attributes(recipe, suite), "added": added})
 
 
 def _shard(
@@ -81,7 +88,7 @@ def _shard(
     first = number * recipe.rows_per_shard
     rows = [first + i for i in range(len(shard))]
     tokens = tuple(cache.token(r) for r in rows)
-    manifest = keys.hash_of(["rows of this cache", list(tokens)])
+    manifest = rows_hash(tokens)
     above = {u: cache.manifest["fields"][u]["shards"][number][1] for u in upstream}
     wanted = {n: keys.shard_key(parts[n], manifest, above) for n in mine}
     todo = [n for n in mine if not _there(cache.path, n, number, wanted[n], tokens)]
@@ -126,9 +133,9 @@ def _publish(cache: Cache, mine: Mapping[str, CacheField], parts: Mapping[str, s
     for name, one in mine.items():
         path = out / "arrays.zarr" / name / "zarr.json"
         meta = array_zarr_json(one, recipe, cache.suite, len(cache.shards), parts[name])
-        if path.is_file() and path.read_bytes() != meta:
+        if name in cache.fields and path.is_file() and path.read_bytes() != meta:
             raise MismatchError("the cache holds another field of this name", field=name, next="remove it from the cache")
-        commit_bytes(path, meta, "array")
+        commit_bytes(path, meta, "array", replace=path.is_file())
     rows = [{k: v for k, v in line.items() if "." not in k} for line in read_index(out / "index.parquet").to_pylist()]
     index = index_bytes(cache.shards, rows, fields, receipts, recipe.rows_per_shard, cache.suite)
     pending = out / PENDING

@@ -11,7 +11,7 @@ from imkd_data.errors import RecipeError
 from imkd_data.fields.base import CacheField
 from imkd_data.recipe import Recipe, canonical_json
 
-__all__ = ["cache_id", "content_hash", "hash_of", "ordered", "recipe_entries", "recipe_parts", "shard_key"]
+__all__ = ["cache_id", "content_hash", "hash_of", "ordered", "recipe_entries", "recipe_part", "recipe_parts", "shard_key"]
 
 
 def hash_of(value: Any) -> str:
@@ -64,17 +64,21 @@ def recipe_parts(recipe: Recipe, fields: Mapping[str, CacheField]) -> dict[str, 
     """``key_recipe_part`` of every field: its key without the input manifest, the same for all shards."""
     parts: dict[str, str] = {}
     for name in ordered(fields):
-        field = fields[name]
-        parts[name] = hash_of(
-            {
-                "dataset": recipe.dataset,
-                "field": name,
-                "version": field.version,
-                "recipe": recipe_entries(field, recipe),
-                "upstream": {u: parts[u] for u in field.upstream},
-            }
-        )
+        parts[name] = recipe_part(fields[name], recipe, parts)
     return parts
+
+
+def recipe_part(field: CacheField, recipe: Recipe, parts: Mapping[str, str]) -> str:
+    """``key_recipe_part`` of one field; ``parts`` holds those of its upstream fields."""
+    return hash_of(
+        {
+            "dataset": recipe.dataset,
+            "field": field.name,
+            "version": field.version,
+            "recipe": recipe_entries(field, recipe),
+            "upstream": {u: parts[u] for u in field.upstream},
+        }
+    )
 
 
 def shard_key(part: str, manifest_hash: str, upstream_keys: Mapping[str, str]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from imkd_data.cache import keys, layout
+from imkd_data.cache.added import Dropped, with_added
 from imkd_data.cache.index import sample_row
 from imkd_data.cache.inputs import sample_inputs
 from imkd_data.cache.layout import Shard
@@ -49,6 +50,8 @@ class Plan:
     keys: Mapping[str, tuple[str, ...]]
     queue: tuple[Queued, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
+    added: tuple[str, ...] = ()  # of ``fields``: those that another command added and that stay as they are
+    dropped: tuple[Dropped, ...] = ()  # added fields that no longer fit
 
     @property
     def num_samples(self) -> int:
@@ -253,7 +256,8 @@ def make_plan(
     queue = _queue(plan, out, retry_holes) if out else _queue_all(plan)
     if hash_inputs and out:
         queue = queue + _changed_content(plan, reader, out, {(q.field, q.shard) for q in queue})
-    return replace(plan, queue=tuple(queue))
+    plan = replace(plan, queue=tuple(queue))
+    return with_added(plan, out, stored_recipe(out)) if out else plan
 
 
 def _queue_all(plan: Plan) -> list[Queued]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from imkd_data.cache.commit import storage_error
+from imkd_data.cache.extend import finish_pending
 from imkd_data.cache.plan import Plan, make_plan
 from imkd_data.cache.write import Options
 from imkd_data.errors import DiskFullError, ImkdError, InputDataError, InterruptedBuildError
@@ -32,7 +33,7 @@ __all__ = ["BuildResult", "Event", "build", "execute"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One step of progress. ``kind``: plan, shard, death, end. ``done`` and ``total`` count samples."""
+    """One step of progress. ``kind``: tables, plan, dropped, shard, death, end. ``done`` and ``total`` count samples."""
 
     kind: str
     text: str
@@ -47,7 +48,8 @@ Progress = Callable[[Event], None]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildResult:
     """What a build did. ``rebuilt``: (field, shard) pairs; ``quarantined``: tokens with holes; ``left_out``: fields whose
-    sensors are not declared; ``missing_scenes``: with ``scenes="available"``."""
+    sensors are not declared; ``missing_scenes``: with ``scenes="available"``; ``dropped_fields``: those that another command
+    added and that no longer fit, with the line that says how to make them again."""
 
     out: Path
     id: str
@@ -58,6 +60,7 @@ class BuildResult:
     left_out: Mapping[str, str]
     missing_scenes: Mapping[str, str]
     dropped: Mapping[str, int]
+    dropped_fields: Mapping[str, str]
     warnings: Mapping[str, int]
     bytes: int
     files: int
@@ -150,6 +153,7 @@ def execute(
     finish.prepare_folder(out)
     with build_lock(out, break_lock):
         finish.clean_dead_temp(out)
+        finish_pending(out)
         clear_notes(out)
         if not update:
             finish.check_recipe(out, resolved.recipe)
@@ -165,6 +169,9 @@ def execute(
         finish.check_versions(out, plan, update=update)
         todo = sum(len(plan.shards[s]) for s in {q.shard for q in plan.queue})
         tell(Event(kind="plan", text=_plan_text(plan), done=plan.num_samples - todo, total=plan.num_samples))
+        dropped_fields = {one.field: finish.dropped_line(one, out) for one in plan.dropped}
+        for line in dropped_fields.values():
+            tell(Event(kind="dropped", text=line))
         if check_space:
             _check_space(out, plan)
         finish.write_start(out, plan, update=update, fsync=options.fsync)
@@ -194,6 +201,7 @@ def execute(
         left_out=resolved.left_out,
         missing_scenes=resolved.missing_scenes,
         dropped=end["dropped"],
+        dropped_fields=dropped_fields,
         warnings={**dict(getattr(resolved.reader, "warnings", None) or {}), **tally.warnings},
         bytes=end["bytes"],
         files=end["files"],

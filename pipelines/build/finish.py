@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from imkd_data.cache import layout
+from imkd_data.cache.added import Dropped, added_names, remove_added
 from imkd_data.cache.commit import commit_bytes, dead_partials, remove_file, storage_error
 from imkd_data.cache.index import index_bytes
 from imkd_data.cache.manifest import group_json, manifest_bytes, notice_bytes
@@ -20,6 +21,7 @@ __all__ = [
     "check_recipe",
     "check_versions",
     "clean_dead_temp",
+    "dropped_line",
     "prepare_folder",
     "recipe_difference",
     "write_end",
@@ -62,6 +64,9 @@ def recipe_difference(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
 def check_recipe(out: Path, new: Recipe) -> None:
     """Raise MismatchError with the difference where ``out`` was begun with another recipe."""
     old = stored_recipe(out)
+    if old is not None:
+        added = added_names(out, old)
+        old = old.with_values(fields=tuple(n for n in old.fields if n not in added))
     if old is None or old == new or recipe_difference(old, new) == {}:
         return
     changes = recipe_difference(old, new)
@@ -106,7 +111,7 @@ def write_start(out: Path, plan: Plan, *, update: bool, fsync: bool) -> None:
         (out / "arrays.zarr" / "zarr.json", group, "group"),
     ]
     for name, one in plan.fields.items():
-        if one.kind == "array":
+        if one.kind == "array" and name not in plan.added:
             meta = array_zarr_json(one, plan.recipe, plan.suite, len(plan.shards), plan.parts[name])
             wanted.append((out / "arrays.zarr" / name / "zarr.json", meta, "array"))
     wanted.append((out / "recipe.json", recipe, "recipe"))
@@ -114,9 +119,21 @@ def write_start(out: Path, plan: Plan, *, update: bool, fsync: bool) -> None:
     if stale or plan.queue:
         remove_file(out / "manifest.json", "manifest", fsync=fsync)
     for path, data, kind in stale:
-        if kind == "recipe" and path.exists() and not update:
+        if kind == "recipe" and path.exists() and not (update or plan.dropped):
             raise RecipeError("recipe changed while building", file=str(path))
         commit_bytes(path, data, kind, fsync=fsync, replace=path.exists())
+    for one in plan.dropped:
+        remove_added(out, one.field)
+
+
+def dropped_line(one: Dropped, out: Path) -> str:
+    """What a person reads of an added field that goes: why, and the command that makes it again."""
+    line = f"field {one.field} is dropped: {one.reason}"
+    feature, weights = one.attributes.get("feature"), str(one.attributes.get("teacher_sha256", ""))[:8]
+    if not feature:
+        return f"{line}; add it again with the command that made it"
+    command = f"imkd cache-teacher --checkpoint CKPT --cache {out} --features {feature}"
+    return f"{line}; make it again with the teacher of weights {weights}: {command}"
 
 
 def _same(path: Path, data: bytes) -> bool:

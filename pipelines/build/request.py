@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from imkd_data.cache.added import added_names
 from imkd_data.cache.layout import check_name
 from imkd_data.cache.plan import split_by_sensors, stored_recipe
 from imkd_data.errors import ImkdError, MismatchError, RecipeError, SourceMissingError, UsageError
@@ -101,7 +102,8 @@ def merged(asked: Asked, out: Path) -> Asked:
             found=str(asked.overrides["rows_per_shard"]),
             next="build into another --out",
         )
-    names: dict[str, str | CacheField] = {n: n for n in old.fields}
+    kept = added_names(out, old)  # no build computes them: the plan keeps or drops them
+    names: dict[str, str | CacheField] = {n: n for n in old.fields if n not in kept}
     if asked.profile is not None and asked.fields is None:
         names |= {n: n for n in _profile(asked.profile)}
     names |= {(f if isinstance(f, str) else f.name): f for f in asked.fields or ()}
