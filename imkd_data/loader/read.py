@@ -20,7 +20,7 @@ from imkd_data.errors import InputDataError, MissingFeatureError
 from imkd_data.loader.augment import ImageDraw, draw_bev, draw_images, draw_radar, move_boxes
 from imkd_data.loader.paste import Pasted, Paster
 from imkd_data.loader.request import PARTS, PLANES, RADAR_FILTERS, StreamRequest
-from imkd_data.loader.rows import RowTable
+from imkd_data.loader.rows import read_rows
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
@@ -107,7 +107,8 @@ def _resized_rows(pixels: NDArray[np.uint8], size: tuple[int, int], y0: int, y1:
 
 
 class SampleReader:
-    """Reads rows of a cache for one request. Holds no open state of its own, so it can be sent to workers.
+    """Reads rows of a cache for one request. It can be sent to workers: the row table, megabytes in a large cache, stays
+    behind and is read there from the cache.
 
     keep_keyframes: decoded keyframes to remember. Neighbours share their history, so where samples come in order and every
     draw is the same (evaluation), each keyframe is decoded once instead of once a slot. ``paste``: objects from other
@@ -115,13 +116,20 @@ class SampleReader:
 
     paste: Paster | None = None
 
-    def __init__(self, cache: Cache, table: RowTable, request: StreamRequest, *, seed: int, keep_keyframes: int = 0) -> None:
-        self.cache, self.table, self.request, self.seed = cache, table, request, seed
+    def __init__(self, cache: Cache, request: StreamRequest, *, seed: int, keep_keyframes: int = 0) -> None:
+        self.cache, self.request, self.seed = cache, request, seed
+        self.table = read_rows(cache)
         self.keep_keyframes = 0 if request.augment.enabled else keep_keyframes
         self._kept: dict[int, Tensor] = {}  # row -> (V, 3, H, W), in the order of arrival
         # (name, place on the stored camera axis) of the declared cameras
         self.cameras = tuple((c, i) for i, c in enumerate(cache.suite.cameras) if c in cache.recipe.sensors)
         self.fields = request.fields(cache.recipe.view_grid)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("table", "_kept")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, table=read_rows(state["cache"]), _kept={})
 
     @property
     def image_shape(self) -> tuple[int, ...] | None:

@@ -22,7 +22,7 @@ from imkd_data.loader.order import Order, Shuffle, check_state, selection_hash
 from imkd_data.loader.read import Packed, SampleReader
 from imkd_data.loader.request import StreamRequest, available_parts, check_request, normalised_parts
 from imkd_data.loader.rows import TRAIN_SPLITS, check_no_scene_in_two_splits, read_rows, select_rows
-from imkd_data.loader.work import LOOK_EVERY_S, Batches, Key, Keys, Source, arrived, one_thread, started
+from imkd_data.loader.work import LOOK_EVERY_S, Batches, Jobs, Key, Source, arrived, one_thread, started
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
@@ -70,7 +70,7 @@ class Stream:
         self.skips = 0
         fixed = order.shuffle == "none" and not request.augment.enabled
         keep = 1 - min(request.history) if fixed and len(request.history) > 1 else 0
-        self.reader = SampleReader(cache, read_rows(cache), request, seed=order.seed, keep_keyframes=keep)
+        self.reader = SampleReader(cache, request, seed=order.seed, keep_keyframes=keep)
         self.delivery = _delivery(cache, request)
         if drop_last and len(order) < self.global_batch:
             raise UsageError(
@@ -151,9 +151,9 @@ class Stream:
                 yield self._delivery_of(source.packed(key))
             return
         loader = torch.utils.data.DataLoader(
-            Batches(source),
+            Batches(source.reader),
             batch_size=None,
-            sampler=Keys(keys),  # type: ignore[arg-type]
+            sampler=Jobs(source, keys),  # type: ignore[arg-type]
             num_workers=self.workers,
             multiprocessing_context="spawn",
             prefetch_factor=2,

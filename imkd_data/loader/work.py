@@ -1,6 +1,8 @@
-"""One batch of work, here or in a worker: a worker gets an epoch and a position and makes that batch; nothing else travels.
+"""One batch of work, here or in a worker: a worker gets the rows of one batch and makes it.
 
-Workers are spawned processes, hold no lock and no named shared memory, and open the cache's files themselves.
+Workers are spawned processes, hold no lock and no named shared memory, and open the cache's files themselves. What they are
+started with is a path and a request, a few KB whatever the cache's size: ``Process.start`` blocks on all that exceeds a pipe's
+buffer until the child has imported torch, so that a large selection would start workers one after another.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from imkd_data.errors import CacheDamageError, ImkdError, InputDataError
 from imkd_data.loader.order import Order
 from imkd_data.loader.read import Packed, SampleReader, pack
 
-__all__ = ["LOOK_EVERY_S", "Batches", "Key", "Keys", "Source", "arrived", "one_thread", "started"]
+__all__ = ["LOOK_EVERY_S", "Batches", "Job", "Jobs", "Key", "Source", "arrived", "one_thread", "started"]
 
 # Epoch and the position of this rank's first sample.
 Key = tuple[int, int]
@@ -32,9 +34,21 @@ LOOK_EVERY_S = 5.0  # between two looks at whether the workers live
 MOST_SKIPS = 16  # neighbours tried in place of a damaged sample
 
 
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Job:
+    """What a worker is told of one batch: its epoch, and of each of its B samples the row, the position that draws its
+    augmentation and whether it is padding. instead: (B, up to 15) rows to try in order where a sample's data are damaged."""
+
+    epoch: int
+    rows: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    padding: NDArray[np.bool_]
+    instead: NDArray[np.int64]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
-    """Key -> packed batch. The only thing that is sent to a worker.
+    """Key -> job -> packed batch. It stays in the trainer's process.
 
     skip_bad: a sample whose data are damaged gives its place to the next position's sample (of the same epoch, around the
     end), with the place's own augmentation. That is arithmetic too: every rank keeps its count, and a resumed or re-ranked
@@ -46,52 +60,64 @@ class Source:
     batch_size: int
     skip_bad: bool = False
 
-    def _rows(self, key: Key) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    def job(self, key: Key) -> Job:
+        """The rows of a key's batch."""
         epoch, first = key
         positions = np.arange(first, first + self.batch_size)
-        padding = positions >= len(self.order)  # only without drop_last: repeats of the last row that no metric counts
         inside = np.minimum(positions, len(self.order) - 1)
-        return self.order.at(epoch, inside), inside, padding
+        further = inside[:, None] + np.arange(1, MOST_SKIPS if self.skip_bad else 1)
+        return Job(
+            epoch=epoch,
+            rows=self.order.at(epoch, inside),
+            positions=inside,
+            padding=positions >= len(self.order),  # only without drop_last: repeats of the last row that no metric counts
+            instead=self.order.at(epoch, further % len(self.order)) if self.skip_bad else further,
+        )
 
     def tokens(self, key: Key) -> tuple[str, ...]:
         """Tokens of a batch, for messages about work in flight."""
-        return tuple(self.reader.cache.token(int(r)) for r in self._rows(key)[0])
+        return tuple(self.reader.cache.token(int(r)) for r in self.job(key).rows)
 
     def packed(self, key: Key) -> Packed:
-        rows, positions, padding = self._rows(key)
-        shape = self.reader.image_shape
-        images = None if shape is None else _buffer((len(rows), *shape))
-        samples, tokens, skipped = [], [], list[tuple[str, str]]()
-        for i, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
-            into = None if images is None else images[i]
-            row, sample = self._sample(row, key[0], position, into, skipped)
-            samples.append(sample)
-            tokens.append(self.reader.cache.token(row))
-        out = pack(samples, tokens, images)
-        out.skipped = tuple(skipped)
-        if padding.any():
-            out.tensors["padding"] = torch.from_numpy(padding)
-        return out
+        """The batch, made here."""
+        return made(self.reader, self.job(key))
 
-    def _sample(
-        self, row: int, epoch: int, position: int, into: Tensor | None, skipped: list[tuple[str, str]]
-    ) -> tuple[int, dict[str, Any]]:
-        """The sample of a position and its row; where it is damaged and may be skipped, the next whole one."""
-        for further in range(1, MOST_SKIPS + 1):
-            try:
-                return row, self.reader.read(row, epoch=epoch, position=position, images=into)
-            except (CacheDamageError, InputDataError) as error:
-                if not self.skip_bad:
-                    raise
-                skipped.append((self.reader.cache.token(row), f"{type(error).__name__}: {error.what}"))
-                last = error
-            row = int(self.order.at(epoch, [(position + further) % len(self.order)])[0])
-        raise CacheDamageError(
-            f"{MOST_SKIPS} samples in a row are damaged",
-            rule="loader.skip",
-            token=", ".join(t for t, _ in skipped[-MOST_SKIPS:]),
-            next="imkd-data verify CACHE, then repair it",
-        ) from last
+
+def made(reader: SampleReader, job: Job) -> Packed:
+    """The batch of a job."""
+    shape = reader.image_shape
+    images = None if shape is None else _buffer((len(job.rows), *shape))
+    samples, tokens, skipped = [], [], list[tuple[str, str]]()
+    for i in range(len(job.rows)):
+        row, sample = _sample(reader, job, i, None if images is None else images[i], skipped)
+        samples.append(sample)
+        tokens.append(reader.cache.token(row))
+    out = pack(samples, tokens, images)
+    out.skipped = tuple(skipped)
+    if job.padding.any():
+        out.tensors["padding"] = torch.from_numpy(job.padding)
+    return out
+
+
+def _sample(
+    reader: SampleReader, job: Job, i: int, into: Tensor | None, skipped: list[tuple[str, str]]
+) -> tuple[int, dict[str, Any]]:
+    """The i-th sample and its row; where it is damaged and may be skipped, the next whole one."""
+    rows = [int(job.rows[i]), *job.instead[i].tolist()]
+    for row in rows:
+        try:
+            return row, reader.read(row, epoch=job.epoch, position=int(job.positions[i]), images=into)
+        except (CacheDamageError, InputDataError) as error:
+            if len(rows) == 1:
+                raise
+            skipped.append((reader.cache.token(row), f"{type(error).__name__}: {error.what}"))
+            last = error
+    raise CacheDamageError(
+        f"{MOST_SKIPS} samples in a row are damaged",
+        rule="loader.skip",
+        token=", ".join(t for t, _ in skipped[-MOST_SKIPS:]),
+        next="imkd-data verify CACHE, then repair it",
+    ) from last
 
 
 def _buffer(shape: tuple[int, ...]) -> Tensor:
@@ -104,27 +130,27 @@ def _buffer(shape: tuple[int, ...]) -> Tensor:
 
 
 class Batches(torch.utils.data.Dataset[Any]):
-    """Map-style view of a source for torch's DataLoader. Known errors travel as values: re-raising in the parent by
-    DataLoader would lose their details."""
+    """Map-style view, job -> batch, for torch's DataLoader; all that is sent to a worker when it starts. Known errors travel
+    as values: re-raising in the parent by DataLoader would lose their details."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, reader: SampleReader) -> None:
+        self.reader = reader
 
-    def __getitem__(self, key: Key) -> Packed | ImkdError:
+    def __getitem__(self, job: Job) -> Packed | ImkdError:
         try:
-            return self.source.packed(key)
+            return made(self.reader, job)
         except ImkdError as error:
             return error
 
 
-class Keys:
-    """A sampler over keys; torch asks samplers only for iteration."""
+class Jobs:
+    """A sampler over jobs; torch asks samplers only for iteration."""
 
-    def __init__(self, keys: Callable[[], Iterator[Key]]) -> None:
-        self.keys = keys
+    def __init__(self, source: Source, keys: Callable[[], Iterator[Key]]) -> None:
+        self.source, self.keys = source, keys
 
-    def __iter__(self) -> Iterator[Key]:
-        return self.keys()
+    def __iter__(self) -> Iterator[Job]:
+        return map(self.source.job, self.keys())
 
 
 def one_thread(_: int) -> None:
