@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_training import VIEW
 
-from imkd_data.errors import UsageError
+from imkd_data.errors import MismatchError, UsageError
+from imkd_data.geometry import BevGrid
 from imkd_models.presets import build_model, tiny_config
 from pipelines.bench_latency import latency_table, part_costs, random_batch, run_latency_bench
 from pipelines.counting import count_cost
@@ -43,6 +44,11 @@ def one_thread() -> None:
 def small_run(**changes: Any) -> Run:
     model = tiny_config(**{**SMALL, "history": (0, -1), **changes}).as_dict()
     return Run(name="small", model=model, batch_size=2, optim=OptimConfig())
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    torch._dynamo.reset()  # eight compilations of one function in a process are torch's limit
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +154,22 @@ def test_one_graph_without_breaks_equals_eager(name: str) -> None:
         compiled = torch.compile(model, backend="eager", fullgraph=True)(batch)  # a break is an error
         eager = model(batch)
     torch.testing.assert_close(compiled.features["bev_neck"], eager.features["bev_neck"], atol=1e-4, rtol=1e-4)
+
+
+def test_a_second_grid_compiles_too_and_a_batch_on_another_grid_is_still_refused() -> None:
+    made = []
+    for grid in (VIEW, BevGrid(x_min_m=-3.2, y_min_m=-6.4, cell_m=0.8, nx=24, ny=16), VIEW):
+        config = tiny_config(**{**SMALL, "grid": grid, "history": (0,), **FUSERS["crkd"]})
+        model = build_model(config, pretrained=False).eval()
+        batch = random_batch(config, radar_points=10, lidar_points=10)
+        made.append((torch.compile(model, backend="eager", fullgraph=True), model, batch))
+        with torch.no_grad():
+            compiled, eager = made[-1][0](batch), model(batch)
+        torch.testing.assert_close(compiled.features["bev_neck"], eager.features["bev_neck"], atol=1e-4, rtol=1e-4)
+    with pytest.raises(MismatchError, match="another grid"), torch.no_grad():
+        made[1][1](made[0][2])
+    with pytest.raises(Exception, match="another grid|fullgraph"), torch.no_grad():  # refused while it is traced
+        made[1][0](made[0][2])
 
 
 def test_costs_count_every_module_once() -> None:
