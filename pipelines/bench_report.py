@@ -154,7 +154,8 @@ def _pull(rows: Mapping[str, Mapping[int, Score]]) -> list[dict[str, Any]]:
 
 
 def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None) -> dict[str, Any]:
-    """Read every score under ``out`` and write ``results.json`` and ``results.md`` there, and in ``docs`` if given.
+    """Read every score under ``out`` and write ``results.json`` and ``results.md`` there, and in ``docs`` if given. A
+    robustness table in ``out/robustness`` is appended.
 
     draws: of the scene bootstrap; default 400 where ``docs`` is given, else none (it takes seconds a row).
     """
@@ -214,6 +215,9 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
         "pull": _pull(rows),
     }
     text = markdown(report)
+    table = out / "robustness" / "robustness.md"  # of `imkd evaluate --robustness --out OUT/robustness`, where it was run
+    if table.is_file():
+        text += "\n## Robustness\n\n" + table.read_text()
     for folder in [out, *([Path(docs)] if docs is not None else [])]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "results.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")

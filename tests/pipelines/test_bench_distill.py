@@ -101,6 +101,11 @@ def test_table_holds_both_gains_with_intervals_and_holm(fake: dict[str, Any]) ->
 
 def test_six_seeds_of_everything_finish_the_table(fake: dict[str, Any]) -> None:
     report = _run(fake, seeds=tuple(range(6)))
+    assert "Robustness" not in (fake["out"] / "results.md").read_text()
+    (fake["out"] / "robustness").mkdir()
+    (fake["out"] / "robustness" / "robustness.md").write_text("| night | 12.5 |\n")
+    assert _run(fake, seeds=tuple(range(6))) == report
+    assert "## Robustness\n\n| night | 12.5 |" in (fake["out"] / "results.md").read_text()
     assert report["unfinished"] == [] and "Unfinished" not in (fake["out"] / "results.md").read_text()
 
 
