@@ -127,9 +127,14 @@ def resolve_run(
 @click.option("--devices", default=1, show_default=True, type=click.IntRange(min=1), help="Devices of this machine.")
 @click.option("--accelerator", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--global-batch", type=click.IntRange(min=1), help="Samples per optimiser step over all devices.")
-@click.option("--memory-limit", metavar="SIZE", help="Refuse to use more GPU memory than this, e.g. 22GiB.")
+@click.option(
+    "--memory-limit",
+    metavar="SIZE",
+    help="Refuse to use more GPU memory than this, e.g. 22GiB; with --plan and no GPU: by counting.",
+)
 @click.option("--on-bad-sample", type=click.Choice(["stop", "skip"]), help="Damaged sample: stop (default), or take the next.")
 @click.option("--plan", is_flag=True, help="Print the resolved run, its cost and a forecast; train nothing.")
+@click.option("--plan-steps", default=20, show_default=True, type=click.IntRange(min=0), help="Steps --plan times; 0: none.")
 @click.option("--dataroot", type=PATH, help="nuScenes tree, for validation by the official metric (validate_every).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress.")
@@ -149,6 +154,7 @@ def train(
     memory_limit: str | None,
     on_bad_sample: str | None,
     plan: bool,
+    plan_steps: int,
     dataroot: Path | None,
     as_json: bool,
     quiet: bool,
@@ -163,7 +169,8 @@ def train(
     if plan:
         from pipelines.forecast import plan_run, plan_text
 
-        facts = plan_run(resolved, cache, teachers, devices=devices, accelerator=accelerator, memory_limit=memory_limit)
+        machine: dict[str, Any] = {"devices": devices, "accelerator": accelerator, "memory_limit": memory_limit}
+        facts = plan_run(resolved, cache, teachers, steps=plan_steps, **machine)
         if as_json:
             out_json(facts)
         else:
