@@ -177,7 +177,21 @@ def _read_big(path: Path, schema: pa.Schema) -> pa.Table:
         raise _bad(
             path, "is cut off", "table.json", expected="']' at the end", found=f"the file ends at byte {path.stat().st_size:,}"
         )
-    return pa.concat_tables(tables).select(schema.names) if tables else schema.empty_table()
+    return _joined(tables, schema) if tables else schema.empty_table()
+
+
+def _joined(tables: list[pa.Table], schema: pa.Schema) -> pa.Table:
+    """One table, each column in one piece. Column by column, as hundreds of small pieces among what the parser has freed keep
+    that memory from going back (a quarter of the peak of trainval's tables)."""
+    blocks = pa.concat_tables(tables).select(schema.names)
+    tables.clear()
+    columns = []
+    for name in schema.names:
+        columns.append(blocks[name].combine_chunks())
+        blocks = blocks.drop_columns([name])
+    del blocks
+    pa.default_memory_pool().release_unused()
+    return pa.table(columns, schema=schema)
 
 
 def key_index(keys: pa.ChunkedArray, target: pa.ChunkedArray) -> Any:
