@@ -119,7 +119,7 @@ def write_start(out: Path, plan: Plan, *, update: bool, fsync: bool) -> None:
     if stale or plan.queue:
         remove_file(out / "manifest.json", "manifest", fsync=fsync)
     for path, data, kind in stale:
-        if kind == "recipe" and path.exists() and not (update or plan.dropped):
+        if kind == "recipe" and path.exists() and not (update or plan.dropped or _same(path, data)):
             raise RecipeError("recipe changed while building", file=str(path))
         commit_bytes(path, data, kind, fsync=fsync, replace=path.exists())
     for one in plan.dropped:
