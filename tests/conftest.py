@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,15 @@ def _real_root() -> Path | None:
         if candidate and (Path(candidate) / "nuscenes_keyframe" / "v1.0-mini").is_dir():
             return Path(candidate)
     return None
+
+
+@pytest.fixture(autouse=True)
+def own_child_signal() -> Iterator[None]:
+    """A plain DataLoader with workers leaves a SIGCHLD handler behind that raises a child's death in whatever runs then; no
+    later test may meet it."""
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.fixture(scope="session")
