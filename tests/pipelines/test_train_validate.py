@@ -43,7 +43,7 @@ def test_the_best_checkpoint_is_kept_and_training_is_not_disturbed(line: Any, tm
 def test_a_dead_worker_is_an_error_with_tokens_and_advice(tmp_path: Path) -> None:
     cache = open_cache(disk_cache(tmp_path))
     batches = iter(stream(cache, 1, workers=1, split="all", fields=("boxes",)))
-    next(batches), next(batches)  # the first one is made here
+    next(batches)
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid or 0, signal.SIGKILL)
     with pytest.raises(StorageError, match="worker died") as error:
@@ -69,7 +69,7 @@ def test_streaming_leaves_the_callers_signal_handler(tmp_path: Path) -> None:
     """torch's own handler would raise a worker's death anywhere, for instance inside a checkpoint's write."""
     before = signal.getsignal(signal.SIGCHLD)
     batches = iter(stream(open_cache(disk_cache(tmp_path)), 1, workers=1, split="all", fields=("boxes",)))
-    next(batches), next(batches)  # the first one is made here, without a worker
+    next(batches)
     assert signal.getsignal(signal.SIGCHLD) is before
 
 
