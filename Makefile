@@ -39,7 +39,7 @@ test: $(STAMP)
 	$(PYTEST) -n 2 --dist worksteal -m "not slow" -q
 
 test-all: $(STAMP)
-	$(PYTEST) -q --timeout 3600
+	IMKD_LONG=1 $(PYTEST) -q --timeout 3600
 
 gpu-test: $(STAMP)
 	$(PYTEST) -q -m gpu
