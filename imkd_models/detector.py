@@ -29,6 +29,19 @@ from imkd_models.radar_points import PointRadarEncoder
 __all__ = ["Detector", "FusionDetector", "LidarDetector", "StudentDetector", "check_grid"]
 
 
+def build_head(config: StudentConfig | LidarConfig, channels: int) -> CentreHead:
+    """The centre head of a configuration; that of imported weights works in their own axes."""
+    options = {
+        "groups": config.groups,
+        "shared_channels": config.head_shared,
+        "branch_channels": config.head_branch,
+        "float32": config.head_float32,
+    }
+    if config.convention == "bev":
+        return CentreHead(channels, **options)
+    return TurnedHead(channels, convention=config.convention, height_m=config.mount_m[2], **options)
+
+
 def check_grid(grid: BevGrid, batch: Batch) -> None:
     """Refuse a batch on another grid: there is no silent resampling."""
     a, b = batch.grid, grid
@@ -116,17 +129,7 @@ class StudentDetector(Detector):
         mixed = len(c.history) > 1 and c.time_fusion == "mix"
         self.time = TimeReduction(c.fused_channels, len(c.history)) if mixed else None
         self.trunk = build_trunk(c)
-        options = {
-            "groups": c.groups,
-            "shared_channels": c.head_shared,
-            "branch_channels": c.head_branch,
-            "float32": c.head_float32,
-        }
-        if c.convention == "bev":
-            self.head = CentreHead(self.trunk.neck.out_channels, **options)
-        else:
-            turn = {"convention": c.convention, "height_m": c.mount_m[2]}
-            self.head = TurnedHead(self.trunk.neck.out_channels, **turn, **options)
+        self.head = build_head(c, self.trunk.neck.out_channels)
         self.feature_shapes = self._shapes()
 
     def _shapes(self) -> dict[str, tuple[int, int, int]]:
@@ -228,17 +231,7 @@ class LidarDetector(Detector):
         c = config
         self.lidar = LidarStages(c)
         self.feature_shapes = self.lidar.feature_shapes()
-        options = {
-            "groups": c.groups,
-            "shared_channels": c.head_shared,
-            "branch_channels": c.head_branch,
-            "float32": c.head_float32,
-        }
-        if c.convention == "bev":
-            self.head = CentreHead(self.lidar.neck.out_channels, **options)
-        else:
-            turn = {"convention": c.convention, "height_m": c.mount_m[2]}
-            self.head = TurnedHead(self.lidar.neck.out_channels, **turn, **options)
+        self.head = build_head(c, self.lidar.neck.out_channels)
 
     def forward(self, batch: Batch) -> Outputs:
         check_grid(self.grid, batch)
