@@ -34,7 +34,13 @@ def _names(text: str | None) -> tuple[str, ...]:
 @click.command("distill")
 @click.option("--preset", default="tiny", show_default=True, help="smoke, tiny (CPU), small (one GPU) or nuscenes.")
 @click.option("--seeds", default="0..5", show_default=True)
-@click.option("--out", type=PATH, default=Path("bench/distill"), show_default=True, help="The same command continues it.")
+@click.option(
+    "--out",
+    type=PATH,
+    default=Path("bench/distill"),
+    show_default=True,
+    help="The same command continues it, also beside itself.",
+)
 @click.option("--blocks", default="main", show_default=True, help="main,controls,ablations,defects.")
 @click.option("--methods", help="Only these methods, comma-separated.")
 @click.option("--rows", help="Only these rows and the twins they are compared with.")
@@ -51,6 +57,7 @@ def _names(text: str | None) -> tuple[str, ...]:
     "--held-in", default=0, type=click.IntRange(min=0), help="Tune: score the last N train scenes, left out of training."
 )
 @click.option("--try", "tries", multiple=True, metavar="METHOD:K=V,...", help="With --held-in: another setting of a method.")
+@click.option("--teachers", type=PATH, help="OUT of another benchmark: use its teachers.")
 @click.option("--max-runs", type=click.IntRange(min=0), help="Stop after so many new runs.")
 @click.option("--no-admission", is_flag=True, help="Run methods on a world that does not pass; the table says so.")
 @click.option("--docs", type=PATH, help="Also write results.json and results.md there, with the scene bootstrap.")
@@ -74,6 +81,7 @@ def distill(
     settings: tuple[str, ...],
     held_in: int,
     tries: tuple[str, ...],
+    teachers: Path | None,
     max_runs: int | None,
     no_admission: bool,
     docs: Path | None,
@@ -106,6 +114,7 @@ def distill(
         settings=parse_settings(settings),
         held_in=held_in,
         tries=tries,
+        teachers=teachers,
         max_runs=max_runs,
         admission=False if no_admission else None,
         docs=docs,

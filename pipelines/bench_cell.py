@@ -74,7 +74,7 @@ def train_and_score(
     done = folder / "score.json"
     if done.is_file():
         score: dict[str, Any] = json.loads(done.read_text())
-        if score["identity"] != identity:
+        if _completed(score["asked"]) != canonical_json(asked):
             raise MismatchError(
                 f"{facts['row']} seed {facts['seed']} was run with other settings, teachers or cache",
                 expected=identity[:16],
@@ -116,6 +116,13 @@ def train_and_score(
         score["probe"] = probe_terms(run, bench.cache, checkpoint, teachers, device=bench.device)
     write_json(done, score)
     return score
+
+
+def _completed(asked: Mapping[str, Any]) -> bytes:
+    """What a finished run was asked for, in today's form: a setting that came later has its default, and changes nothing."""
+    from pipelines.run import Run
+
+    return canonical_json({**asked, "run": Run.from_dict(asked["run"]).as_dict()})
 
 
 def _train(bench: Bench, run: Run, out: Path, teachers: Mapping[str, Path]) -> dict[str, float]:

@@ -2,13 +2,17 @@
 
 Everything lies under one folder: ``world/``, ``cache/``, ``teachers/<name>/``, ``runs/<row>/seed<k>/`` with one
 ``score.json`` a run. A finished run is never repeated; a stopped one continues from its checkpoint; the table can be
-written at any time from what is there.
+written at any time from what is there. The same command may run several times at once on one machine: each takes the next
+run that no other holds.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +55,7 @@ def bench_distill(
     devices: int = 1,
     held_in: int = 0,
     tries: Sequence[str] = (),
+    teachers: Path | str | None = None,
     engine: str = "devkit",
     workers: int = 1,
     steps: Mapping[str, int] | None = None,
@@ -70,6 +75,8 @@ def bench_distill(
         devices: training processes of every run, as `imkd train --devices`; it changes no result beyond rounding.
         held_in: tune: every run leaves out the last scenes of train and is scored on them, val scenes are never read.
         tries: with held_in, further rows ``METHOD:option=value,...``; every tried setting stays in the table.
+        teachers: folder of another benchmark whose teachers are used instead of training them here. They may have been
+        trained on scenes that ``held_in`` keeps from the students; the table names their weights.
         steps: optimiser steps by network (lidar, label, fusion, student); settings: ``--set`` values for every run.
         max_runs: stop after so many new runs, for filling the table in several goes. admission: False runs methods on a
         world and preset that do not pass; the table says so. docs: folder that gets results.json and results.md too.
@@ -90,7 +97,7 @@ def bench_distill(
         raise UsageError(
             "settings are tried on train scenes only", expected="--held-in N", found="val scenes", rule="bench.tuning"
         )
-    root, plan = Path(out), with_tries(rows_of(tuple(blocks), tuple(methods), tuple(rows)), tries)
+    root, plan = Path(out), with_tries(rows_of(tuple(blocks), tuple(methods), tuple(rows), preset), tries)
     state = {"done": 0, "total": 0}
 
     def tell(text: str) -> None:
@@ -110,6 +117,7 @@ def bench_distill(
             "engine": engine,
             "held-in": str(held_in or ""),
             "try": " --try ".join(tries),
+            "teachers": "TEACHERS" if teachers is not None else "",
         },
         steps or {},
         settings or {},
@@ -123,8 +131,9 @@ def bench_distill(
             next="imkd-data build --split trainval --dataroot DATAROOT makes the cache",
         )
     materials = "real" if chosen.real else materials
-    tree = Path(world) if world is not None else make_world(root, chosen, materials, workers, tell)
-    opened = open_cache(Path(cache) if cache is not None else make_cache(root, tree, chosen, tell))
+    with _held(root / "world", wait=world is None or cache is None):
+        tree = Path(world) if world is not None else make_world(root, chosen, materials, workers, tell)
+        opened = open_cache(Path(cache) if cache is not None else make_cache(root, tree, chosen, tell))
     bench = Bench(
         out=root,
         preset=chosen,
@@ -141,26 +150,54 @@ def bench_distill(
     )
     cells = _order(plan, tuple(seeds))
     state["total"] = len(cells)
-    teachers = _teachers(bench, plan)
+    given = _teachers(bench, plan, None if teachers is None else Path(teachers))
     must_pass = chosen.admission if admission is None else admission
     new = 0
     for row, seed in cells:
         fresh = not (_folder(bench, row, seed) / "score.json").is_file()
-        if fresh and row.kind != "baseline" and must_pass and not write_report(root, None)["admission"]["passed"]:
-            raise UsageError(
-                "the world and preset do not pass the admission test, so no method is run",
-                rule="bench.admission",
-                found="; ".join(_failed(write_report(root, docs)["admission"])),
-                next="change the world or the preset (more steps, more scenes), or pass admission=False and say so",
-            )
+        if fresh and row.kind != "baseline" and must_pass:
+            _wait_for_baselines(bench, cells)
+            if not write_report(root, None)["admission"]["passed"]:
+                raise UsageError(
+                    "the world and preset do not pass the admission test, so no method is run",
+                    rule="bench.admission",
+                    found="; ".join(_failed(write_report(root, docs)["admission"])),
+                    next="change the world or the preset (more steps, more scenes), or pass admission=False and say so",
+                )
         if fresh and max_runs is not None and new >= max_runs:
             tell(f"stopped after {new} new runs; the same command continues")
             break
-        run_cell(bench, row, seed, teachers)
+        with _held(_folder(bench, row, seed), wait=False) as mine:
+            if not mine:
+                tell(f"{row.name} seed {seed}: held by another process")
+                continue
+            run_cell(bench, row, seed, given)
         new += fresh
         state["done"] += 1
         tell(f"{row.name} seed {seed}: done")
     return write_report(root, docs)
+
+
+@contextmanager
+def _held(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold a folder against other processes of the same benchmark on this machine; the system lets go when a process dies.
+    Without ``wait``: False where another holds it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _wait_for_baselines(bench: Bench, cells: Sequence[tuple[Row, int]]) -> None:
+    """Until no other process still runs a baseline of the first seed, on which admission is judged."""
+    for row, seed in cells:
+        if row.kind == "baseline" and seed == cells[0][1] and not (_folder(bench, row, seed) / "score.json").is_file():
+            with _held(_folder(bench, row, seed), wait=True):
+                pass
 
 
 def _remember_command(
@@ -194,8 +231,8 @@ def _order(plan: Sequence[Row], seeds: tuple[int, ...]) -> list[tuple[Row, int]]
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
-def _teachers(bench: Bench, plan: Sequence[Row]) -> dict[str, Path]:
-    """Checkpoints of the shared teachers that the plan uses, trained and scored once."""
+def _teachers(bench: Bench, plan: Sequence[Row], borrowed: Path | None) -> dict[str, Path]:
+    """Checkpoints of the shared teachers that the plan uses: trained and scored once, or those of another benchmark."""
     from imkd_models.distill import make_method
 
     wanted: set[str] = {"lidar"}
@@ -205,12 +242,28 @@ def _teachers(bench: Bench, plan: Sequence[Row]) -> dict[str, Path]:
             wanted |= set(method.teachers_for(method.make_options(row.options)))
     made: dict[str, Path] = {}
     for name in [n for n in bench.preset.networks if n in wanted]:
+        folder = bench.out / "teachers" / name
+        if borrowed is not None:
+            made[name] = _borrow(borrowed / "teachers" / name, folder)
+            continue
         given = {"lidar": made["lidar"]} if name == "label" else {}
         run = _run(bench, name, seed=0)
-        folder = bench.out / "teachers" / name
-        train_and_score(bench, folder, run, given, facts={"row": f"teacher_{name}", "kind": "teacher", "seed": 0, "twin": None})
+        facts = {"row": f"teacher_{name}", "kind": "teacher", "seed": 0, "twin": None}
+        with _held(folder, wait=True):
+            train_and_score(bench, folder, run, given, facts=facts)
         made[name] = folder / "train" / "last.ckpt"
     return made
+
+
+def _borrow(theirs: Path, folder: Path) -> Path:
+    """The finished teacher of another benchmark; its score is copied, so that the table shows it."""
+    if not (theirs / "score.json").is_file():
+        raise UsageError(
+            "no finished teacher there", expected=f"{theirs}/score.json", found="nothing", next="--teachers OUT of a benchmark"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(theirs / "score.json", folder / "score.json")
+    return theirs / "train" / "last.ckpt"
 
 
 def _run(bench: Bench, network: str, *, seed: int) -> Run:

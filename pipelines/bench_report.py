@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -220,8 +221,10 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
         text += "\n## Robustness\n\n" + table.read_text()
     for folder in [out, *([Path(docs)] if docs is not None else [])]:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "results.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-        (folder / "results.md").write_text(text)
+        for name, content in (("results.json", json.dumps(report, indent=1, allow_nan=False) + "\n"), ("results.md", text)):
+            part = folder / f".{name}.{os.getpid()}.part"  # several processes may fill one benchmark
+            part.write_text(content)
+            part.replace(folder / name)
     return report
 
 

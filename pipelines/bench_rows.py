@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from imkd_data.errors import UsageError
@@ -93,10 +93,16 @@ class Row:
     model: Mapping[str, Any] = field(default_factory=dict)
     twin: str | None = None
     seeds: str = "all"
+    frozen: bool = True
     note: str = ""
 
 
-def _main() -> list[Row]:
+# Weights of the methods, by preset: found on scenes of train that tuning kept back (``--held-in``), then frozen, before any
+# method was scored on val. A preset without an entry uses the methods' own defaults.
+WEIGHTS: dict[str, dict[str, dict[str, float]]] = {}
+
+
+def _main(weights: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     from imkd_models.distill import METHODS
 
     rows = [
@@ -107,8 +113,16 @@ def _main() -> list[Row]:
     for name, method in METHODS.items():
         twin = f"{name}_twin"
         rows.append(Row(name=twin, block="main", kind="twin", method=name, options=method.twin_options, note=method.twin))
-        rows.append(Row(name=name, block="main", kind="method", method=name, twin=twin, note=method.title))
+        options = dict(weights.get(name, {}))
+        rows.append(Row(name=name, block="main", kind="method", method=name, options=options, twin=twin, note=method.title))
     return rows
+
+
+def _weighted(row: Row, weights: Mapping[str, Mapping[str, Any]]) -> Row:
+    """The row with its method's frozen weights below its own options; a method's own preset sets every weight itself."""
+    if row.method is None or not row.frozen or "preset" in row.options:
+        return row
+    return replace(row, options={**weights.get(row.method, {}), **row.options})
 
 
 _RADAR_ONLY = {"camera": False, "radar_encoder": "bev", "depth_weight": 0.0}
@@ -231,8 +245,22 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def _ablations() -> list[Row]:
-    """One seed each; the first of every method stands in the main table."""
+    """One seed each; the first of every method stands in the main table, and so does the method with its own weights."""
     return [
+        *(
+            Row(
+                name=f"{method}/default_weights",
+                block="main",
+                kind="ablation",
+                method=method,
+                twin=f"{method}_twin",
+                seeds="first",
+                frozen=False,
+                note="weights of the paper, or ours where it is silent",
+            )
+            for method in ABLATIONS
+        )
+    ] + [
         Row(
             name=f"{method}/{name}",
             block="main" if name == next(iter(rows)) else "ablations",
@@ -306,19 +334,22 @@ def _value(text: str) -> Any:
         return text
 
 
-def all_rows() -> list[Row]:
-    """Every row, in the order of the table."""
-    return [*_main(), *_controls(), *_ablations(), *_defects()]
+def all_rows(preset: str = "tiny") -> list[Row]:
+    """Every row, in the order of the table, with the weights that are frozen for this preset."""
+    weights = WEIGHTS.get(preset, {})
+    return [*_main(weights), *(_weighted(r, weights) for r in (*_controls(), *_ablations(), *_defects()))]
 
 
-def rows_of(blocks: tuple[str, ...], methods: tuple[str, ...] = (), names: tuple[str, ...] = ()) -> list[Row]:
+def rows_of(
+    blocks: tuple[str, ...], methods: tuple[str, ...] = (), names: tuple[str, ...] = (), preset: str = "tiny"
+) -> list[Row]:
     """Rows of the named blocks; ``methods`` keeps only these methods' rows (and the baselines), ``names`` only these rows and
-    the twins they are compared with.
+    the twins they are compared with; ``preset`` decides the weights.
 
     Raises:
         UsageError: an unknown block, method or row.
     """
-    rows = all_rows()
+    rows = all_rows(preset)
     for what, given, known in (
         ("block", blocks, BLOCKS),
         ("method", methods, tuple(PUBLISHED_GAIN_NDS)),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 
 import pipelines.bench_cell as cell
 import pipelines.bench_distill as bench
+import pipelines.bench_rows as bench_rows
 from imkd_data import open_cache
 from imkd_data.errors import ImkdError, MismatchError, UsageError
 from imkd_models.distill import METHODS
@@ -27,9 +30,11 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     calls: dict[str, Any] = {"trained": [], "out": tmp_path / "bench", "base": 40.0}
 
     def train(run: Any, cache: Any, out: Path, teachers: Any, **rest: Any) -> Any:
-        calls["trained"].append((out.parent.name, out.parent.parent.name))
-        calls.setdefault("runs", {})[out.parent.parent.name if out.parent.name.startswith("seed") else out.parent.name] = run
-        calls.setdefault("teachers", {})[out.parent.parent.name] = sorted(teachers)
+        last = out.parent
+        row = "/".join(last.parent.parts[last.parts.index("runs") + 1 :]) if last.name.startswith("seed") else last.parent.name
+        calls["trained"].append((last.name, row))
+        calls.setdefault("runs", {})[row if last.name.startswith("seed") else last.name] = run
+        calls.setdefault("teachers", {})[row] = sorted(teachers)
         folder = out / "step-1.ckpt"
         folder.mkdir(parents=True)
         (folder / "checkpoint.json").write_text(json.dumps({"weights_sha256": out.as_posix(), "step": run.max_steps}))
@@ -129,6 +134,86 @@ def test_other_settings_in_the_same_folder_are_refused(fake: dict[str, Any]) -> 
     _run(fake, seeds=(0,), rows=("plain",))
     with pytest.raises(MismatchError, match="other settings"):
         _run(fake, seeds=(0,), rows=("plain",), steps={"student": 7})
+
+
+def test_a_setting_that_came_later_keeps_finished_runs(fake: dict[str, Any]) -> None:
+    first = _run(fake, seeds=(0,), rows=("plain",))
+    path = fake["out"] / "runs" / "plain" / "seed0" / "score.json"
+    score = json.loads(path.read_text())
+    del score["asked"]["run"]["loader"]["leave_out"], score["asked"]["run"]["sync_batchnorm"]  # as an older version wrote it
+    path.write_text(json.dumps(score))
+    trained = len(fake["trained"])
+    assert _run(fake, seeds=(0,), rows=("plain",)) == first and len(fake["trained"]) == trained
+    score["asked"]["run"]["loader"]["leave_out"] = 4
+    path.write_text(json.dumps(score))
+    with pytest.raises(MismatchError, match="other settings"):
+        _run(fake, seeds=(0,), rows=("plain",))
+
+
+def test_two_processes_share_one_table(fake: dict[str, Any]) -> None:
+    """What another process holds is left to it; the rest is run, and the table is whole once both are done."""
+    lines: list[str] = []
+    with bench._held(fake["out"] / "runs" / "imkd" / "seed1", wait=False) as mine:
+        assert mine
+        _run(fake, methods=("imkd",), progress=lambda t: lines.append(t.text))
+    assert "imkd seed 1: held by another process" in lines
+    assert ("seed1", "imkd") not in fake["trained"] and ("seed2", "imkd") in fake["trained"]
+    report = _run(fake, methods=("imkd",))
+    assert ("seed1", "imkd") in fake["trained"] and len(fake["trained"]) == len(set(fake["trained"]))
+    assert [r["seed"] for r in report["rows"] if r["method"] == "imkd"] == [0, 1, 2]
+
+
+def test_admission_waits_for_baselines_of_another_process(fake: dict[str, Any]) -> None:
+    """The other process holds the camera-only run; methods begin when it is scored, and not before."""
+    entered, waited = threading.Event(), []
+
+    def other() -> None:
+        with bench._held(fake["out"] / "runs" / "camera_only" / "seed0", wait=False) as mine:
+            assert mine
+            entered.set()
+            while ("seed0", "plain") not in fake["trained"]:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            waited.append(any(row == "imkd" for _, row in fake["trained"]))
+            rows = {r.name: r for r in rows_of(("main",))}
+            chosen = PRESETS["tiny"]
+            held = cell.Bench(
+                out=fake["out"], preset=chosen, world=fake["out"], cache=SimpleNamespace(id="cache"), accelerator="cpu",
+                engine="devkit", tell=lambda text: None, steps=chosen.steps, settings=chosen.settings,
+            )  # fmt: skip
+            bench.run_cell(held, rows["camera_only"], 0, {})
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert entered.wait(10)
+    report = _run(fake, seeds=(0,))
+    thread.join(10)
+    assert waited == [False] and report["admission"]["passed"]
+    assert ("seed0", "imkd") in fake["trained"]
+
+
+def test_teachers_of_another_benchmark_are_used_and_shown(fake: dict[str, Any], tmp_path: Path) -> None:
+    _run(fake, seeds=(0,), methods=("imkd",))
+    before = list(fake["trained"])
+    with pytest.raises(UsageError, match="no finished teacher"):
+        _run(fake, out=tmp_path / "b", seeds=(0,), methods=("crkd",), teachers=fake["out"])
+    report = _run(fake, out=tmp_path / "b", seeds=(0,), methods=("imkd",), teachers=fake["out"], held_in=2, admission=False)
+    assert not [t for t in fake["trained"][len(before) :] if t[1] == "teachers"]
+    assert [r["method"] for r in report["rows"]][:1] == ["teacher_lidar"] and "--teachers TEACHERS" in report["commands"][-1]
+
+
+def test_frozen_weights_are_below_the_options_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = {"imkd": {"lambda_resp": 0.5, "lambda_l2m": 0.125}, "crkd": {"lambda_fused": 2.0}}
+    monkeypatch.setitem(bench_rows.WEIGHTS, "tiny", frozen)
+    rows = {r.name: dict(r.options) for r in all_rows("tiny")}
+    assert rows["imkd"] == frozen["imkd"] and rows["imkd/default_weights"] == {}
+    assert rows["imkd_occupancy"] == {**frozen["imkd"], "intensity_control": "occupancy"}
+    assert (
+        rows["imkd/02_stage3_unsupervised"]["lambda_resp"] == 0.5 and rows["imkd/02_stage3_unsupervised"]["response"] == "off"
+    )
+    assert rows["imkd/08_labeldistill_on_merged"] == {"preset": "labeldistill_on_merged"}, "a method's own preset is whole"
+    assert rows["imkd_twin"] == METHODS["imkd"].twin_options and rows["crkd+divide_by_batch"]["lambda_fused"] == 2.0
+    assert {r.name: dict(r.options) for r in all_rows("nuscenes")}["imkd"] == {}
 
 
 def test_methods_wait_for_admission(fake: dict[str, Any]) -> None:
