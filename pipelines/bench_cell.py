@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -68,6 +67,10 @@ class Bench:
 def train_and_score(
     bench: Bench, folder: Path, run: Run, teachers: Mapping[str, Path], *, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
+    import torch
+
+    from pipelines.forecast import counted_memory
+
     weights = {n: _weights_sha256(p) for n, p in teachers.items()}
     asked = {"run": {**run.as_dict(), "summary": ""}, "cache": bench.cache.id, "teachers": weights}
     identity = sha256(canonical_json(asked)).hexdigest()
@@ -86,14 +89,18 @@ def train_and_score(
     length = f"{run.max_steps} steps" if run.max_steps else f"{run.epochs} epochs"
     bench.tell(f"{facts['row']} seed {facts['seed']}: training {length}")
     cpu, started = time.process_time(), time.perf_counter()
-    _reset_peak()
+    if bench.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     losses = _train(bench, run, folder / "train", teachers)
     cost = {
         "train_seconds": round(time.perf_counter() - started, 2),
         "cpu_seconds": round(time.process_time() - cpu, 2),
         "seconds_per_step": _seconds_per_step(folder / "train", run.global_batch or run.batch_size),
-        "peak_mib": _peak_mib(),
+        "device": bench.device,
+        "counted_mib": round(counted_memory(run, bench.cache, teachers)[0].counted / 2**20, 1),
     }
+    if bench.device == "cuda":
+        cost["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
     checkpoint = folder / "train" / "last.ckpt"
     score = {
         "v": 1,
@@ -218,22 +225,6 @@ def _seconds_per_step(folder: Path, batch: int) -> float | None:
     lines = [json.loads(x) for x in log.read_text().splitlines() if x.strip()] if log.is_file() else []
     times = [batch / line["samples_per_s"] for line in lines if line.get("samples_per_s")]
     return round(float(np.median(times)), 4) if times else None
-
-
-def _reset_peak() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak_mib() -> float:
-    """Peak GPU memory of this run, or peak resident memory of the process so far where there is no GPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
 def _versions() -> dict[str, str]:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -130,18 +130,33 @@ def _paired(
 
 
 def _costs(scores: Sequence[Score]) -> list[dict[str, Any]]:
+    """Median over seeds. On a CPU the ratio is one of CPU time, which other work on the machine hardly moves."""
     rows = _by_row(scores)
 
-    def median(name: str, key: str) -> float | None:
-        values = [s["cost"][key] for s in rows.get(name, {}).values() if s["cost"].get(key) is not None]
+    def median(name: str, value: Callable[[Score], float | None]) -> float | None:
+        values = [v for v in map(value, rows.get(name, {}).values()) if v is not None]
         return float(np.median(values)) if values else None
 
-    base = median("plain", "seconds_per_step")
+    def wall(score: Score) -> float | None:
+        return score["cost"].get("seconds_per_step")
+
+    def cpu(score: Score) -> float | None:
+        return score["cost"]["cpu_seconds"] / score["steps"] if score.get("steps") and "cpu_seconds" in score["cost"] else None
+
     out = []
-    for name in rows:
-        step = median(name, "seconds_per_step")
-        ratio = round(step / base, 3) if step and base else None
-        out.append({"row": name, "seconds_per_step": step, "times_plain": ratio, "peak_mib": median(name, "peak_mib")})
+    for name, runs in rows.items():
+        clock = wall if next(iter(runs.values()))["cost"].get("device") == "cuda" else cpu
+        step, base = median(name, clock), median("plain", clock)
+        out.append(
+            {
+                "row": name,
+                "seconds_per_step": median(name, wall),
+                "cpu_seconds_per_step": median(name, cpu),
+                "times_plain": round(step / base, 3) if step and base else None,
+                "counted_mib": median(name, lambda s: s["cost"].get("counted_mib")),
+                "peak_mib": median(name, lambda s: s["cost"].get("peak_mib") if s["cost"].get("device") == "cuda" else None),
+            }
+        )
     return out
 
 
@@ -311,11 +326,24 @@ def markdown(report: Mapping[str, Any]) -> str:
             for r in report["rows"]
         ],
     )
-    out += ["## Cost of training", ""]
+    out += [
+        "## Cost of training",
+        "",
+        "Median over seeds. *times plain*: of CPU seconds on a CPU, of seconds on a GPU. *counted*: memory of a step as "
+        "`imkd train --plan` counts it. *peak*: allocated on a GPU.",
+        "",
+    ]
     out += _table(
-        ("row", "s / step", "times plain", "peak MiB"),
+        ("row", "s / step", "CPU s / step", "times plain", "counted MiB", "peak MiB"),
         [
-            (c["row"], _show(c["seconds_per_step"], 3), _show(c["times_plain"]), _show(c["peak_mib"], 0))
+            (
+                c["row"],
+                _show(c["seconds_per_step"], 3),
+                _show(c["cpu_seconds_per_step"], 3),
+                _show(c["times_plain"]),
+                _show(c["counted_mib"], 0),
+                _show(c["peak_mib"], 0),
+            )
             for c in report["costs"]
         ],
     )

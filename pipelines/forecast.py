@@ -54,7 +54,7 @@ def plan_run(
     on_gpu = accelerator != "cpu" and torch.cuda.is_available()
     counted_memory: MemoryForecast | None = None
     if steps == 0 or not on_gpu:
-        counted_memory, networks, source = _counted_memory(planned, opened, teachers)
+        counted_memory, networks, source = counted_memory(planned, opened, teachers)
         if limit is not None:
             refuse_above(counted_memory, limit)
     cost: StepCost | None = None
@@ -92,10 +92,10 @@ def plan_run(
     }
 
 
-def _counted_memory(
+def counted_memory(
     run: Run, cache: Cache, teachers: Mapping[str, Path | str] | None
 ) -> tuple[MemoryForecast, Networks, Stream]:
-    """The forecast of one sample; the networks' statistics have moved."""
+    """The forecast of a training step from one sample; the returned networks' statistics have moved."""
     from imkd_data.loader.stream import stream
 
     networks = build_networks(run, teachers, pretrained=False)

@@ -18,7 +18,7 @@ import pipelines.bench_rows as bench_rows
 from imkd_data import open_cache
 from imkd_data.errors import ImkdError, MismatchError, UsageError
 from imkd_models.distill import METHODS
-from pipelines.bench_report import admission_test
+from pipelines.bench_report import _costs, admission_test
 from pipelines.bench_rows import ABLATIONS, BLOCKS, PRESETS, all_rows, rows_of
 
 GAIN = {"teacher_lidar": 20.0, "teacher_fusion": 21.0, "camera_only": -5.0, "radar_only": -12.0, "imkd": 3.0, "crkd": 1.0}
@@ -51,6 +51,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
 
     monkeypatch.setattr("pipelines.train.train", train)
     monkeypatch.setattr(cell, "_score", score)
+    counted = SimpleNamespace(counted=3 * 2**20)
+    monkeypatch.setattr("pipelines.forecast.counted_memory", lambda *a: (counted, None, None))
     probe = {"share_of_task": {"l2r": 0.25}, "diagnostics": {}}
     monkeypatch.setattr("pipelines.bench_probe.probe_terms", lambda *a, **k: probe)
     monkeypatch.setattr(bench, "make_world", lambda *a: tmp_path)
@@ -102,6 +104,18 @@ def test_table_holds_both_gains_with_intervals_and_holm(fake: dict[str, Any]) ->
     assert "imkd: 3 of 6 seeds" in report["unfinished"]
     assert "**Unfinished, no claim" in (fake["out"] / "docs" / "results.md").read_text()
     assert report["spread"]["seeds"] == 3 and report["spread"]["fine_enough"]
+
+
+def test_costs_compare_cpu_time_on_a_cpu_and_time_on_a_gpu() -> None:
+    def score(row: str, wall: float, cpu: float, device: str) -> dict[str, Any]:
+        cost = {"seconds_per_step": wall, "cpu_seconds": cpu, "device": device, "counted_mib": 3.0, "peak_mib": 7.0}
+        return {"row": row, "seed": 0, "nds": 1.0, "steps": 10, "cost": cost}
+
+    for device, times, peak in (("cpu", 1.5, None), ("cuda", 4.0, 7.0)):
+        costs = {c["row"]: c for c in _costs([score("plain", 1.0, 20.0, device), score("imkd", 4.0, 30.0, device)])}
+        assert costs["plain"]["times_plain"] == 1 and costs["imkd"]["times_plain"] == times
+        assert costs["imkd"]["cpu_seconds_per_step"] == 3 and costs["imkd"]["counted_mib"] == 3
+        assert costs["imkd"]["peak_mib"] == peak
 
 
 def test_six_seeds_of_everything_finish_the_table(fake: dict[str, Any]) -> None:
