@@ -133,14 +133,14 @@ def _costs(scores: Sequence[Score]) -> list[dict[str, Any]]:
     """Median over seeds. On a CPU the ratio is one of CPU time, which other work on the machine hardly moves."""
     rows = _by_row(scores)
 
-    def median(name: str, value: Callable[[Score], float | None]) -> float | None:
+    def median(name: str, value: Callable[[Score], Any]) -> float | None:
         values = [v for v in map(value, rows.get(name, {}).values()) if v is not None]
         return float(np.median(values)) if values else None
 
-    def wall(score: Score) -> float | None:
+    def wall(score: Score) -> Any:
         return score["cost"].get("seconds_per_step")
 
-    def cpu(score: Score) -> float | None:
+    def cpu(score: Score) -> Any:
         return score["cost"]["cpu_seconds"] / score["steps"] if score.get("steps") and "cpu_seconds" in score["cost"] else None
 
     out = []

@@ -52,11 +52,11 @@ def plan_run(
     global_batch, accumulate = accumulation(planned, devices)
     limit = bytes_from_text(memory_limit) if memory_limit else None
     on_gpu = accelerator != "cpu" and torch.cuda.is_available()
-    counted_memory: MemoryForecast | None = None
+    memory: MemoryForecast | None = None
     if steps == 0 or not on_gpu:
-        counted_memory, networks, source = counted_memory(planned, opened, teachers)
+        memory, networks, source = counted_memory(planned, opened, teachers)
         if limit is not None:
-            refuse_above(counted_memory, limit)
+            refuse_above(memory, limit)
     cost: StepCost | None = None
     if steps:
         machine = Machine(accelerator=accelerator, memory_limit=memory_limit)
@@ -86,7 +86,7 @@ def plan_run(
         "total_steps": total,
         "devices": devices,
         "memory_limit": limit,
-        "memory": None if counted_memory is None else counted_memory.as_dict(),
+        "memory": None if memory is None else memory.as_dict(),
         "measured_steps": steps,
         **({} if cost is None else _measured(cost, devices, accumulate, total)),
     }
