@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from imkd_models.attention import sampled_at
 from imkd_models.blocks import BasicBlock, conv_norm_relu, inverse44
 from imkd_models.config import StudentConfig
 from imkd_models.pooling import bev_pool
@@ -39,7 +40,7 @@ class DeformConv(nn.Module):
         rows = torch.arange(height, device=x.device)[:, None] + (tap // 3 - 1)[:, None, None] + offset[:, :, 0]
         columns = torch.arange(width, device=x.device) + (tap % 3 - 1)[:, None, None] + offset[:, :, 1]
         place = torch.stack([(2 * columns + 1) / width - 1, (2 * rows + 1) / height - 1], dim=-1)  # (N, 9, H, W, 2)
-        taps = nn.functional.grid_sample(x, place.flatten(1, 2).to(x.dtype), align_corners=False)
+        taps = sampled_at(x, place.flatten(1, 2))
         taps = taps.view(n, self.groups, channels // self.groups, 9, height * width)
         weight = self.weight.view(self.groups, -1, channels // self.groups, 9).to(taps.dtype)
         return torch.einsum("ngckp,gock->ngop", taps, weight).reshape(n, channels, height, width)

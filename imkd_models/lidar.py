@@ -4,6 +4,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -117,9 +121,30 @@ class ResidualStages(nn.Module):
         maps = []
         for stage in (self.stem, *self.stages):
             use = self.checkpointed and self.training and torch.is_grad_enabled()
-            x = checkpoint(stage, x, use_reentrant=False) if use else stage(x)
+            again = partial(_recomputing, stage)
+            x = checkpoint(stage, x, use_reentrant=False, context_fn=again) if use else stage(x)
             maps.append(x)
         return maps[1:]
+
+
+def _recomputing(stage: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of the forward pass and of its repetition in the backward pass."""
+    return nullcontext(), _statistics_kept(stage)
+
+
+@contextmanager
+def _statistics_kept(stage: nn.Module) -> Iterator[None]:
+    """Running statistics saw the batch once already: batch norms inside leave them as they are."""
+    norms = [m for m in stage.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.num_batches_tracked is not None]
+    before = [m.momentum for m in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        norm.num_batches_tracked -= 1
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, before, strict=True):
+            norm.momentum = momentum
 
 
 class LidarStages(nn.Module):

@@ -44,7 +44,7 @@ def test_two_stage_neck_has_512_channels_and_hides_its_stem():
 
 
 def test_gradient_checkpointing_changes_nothing():
-    gradients = []
+    gradients, statistics = [], []
     for checkpointed in (True, False):
         torch.manual_seed(0)
         config = pillar_r34_config(grid=SMALL, widths=(8, 8, 8), pillar_channels=8, checkpoint_stages=checkpointed)
@@ -52,7 +52,10 @@ def test_gradient_checkpointing_changes_nothing():
         sum(model.loss(model(batch), batch).values()).backward()
         assert [n for n, p in model.named_parameters() if p.grad is None] == []
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        statistics.append(dict(model.named_buffers()))
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(*statistics)  # the second forward pass must not enter the running means a second time
+    assert all(int(v) == 1 for n, v in statistics[0].items() if n.endswith("num_batches_tracked"))
 
 
 def test_pillars_equal_a_slow_loop():

@@ -111,6 +111,17 @@ def test_deformable_sampling_equals_a_float64_loop():
                 np.testing.assert_allclose(got[b, q, 2 * h : 2 * h + 2], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [44, 128, 180])
+def test_bfloat16_maps_are_sampled_at_exact_places(size):
+    """Places in bfloat16 would be up to a sixth of a cell off; only values may be rounded."""
+    g = torch.Generator().manual_seed(0)
+    value = torch.randn(1, 4, size, size, generator=g)
+    places, weight = torch.rand(1, 500, 1, 1, 1, 2, generator=g) * (size - 1), torch.ones(1, 500, 1, 1, 1)
+    low = value.bfloat16()
+    got, exact = deformable_sample([low], places, weight), deformable_sample([low.double()], places.double(), weight)
+    assert float((got - exact).norm() / exact.norm()) < 4e-3
+
+
 def test_reference_points_and_directions():
     assert cell_reference(2, 3, torch.device("cpu")).tolist() == [[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]]
     bias = direction_bias(4, 2, 3).view(4, 2, 3, 2)
