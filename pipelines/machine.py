@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from imkd_data.errors import UsageError
+from imkd_data.loader.work import leave_if_started_by_a_stream
 from pipelines.run import Run
 
 __all__ = ["Machine", "accumulation", "bytes_from_text", "make_fabric"]
@@ -37,6 +38,7 @@ def bytes_from_text(text: str) -> int:
 
 def make_fabric(run: Run, machine: Machine) -> Any:
     """Fabric for one process, torchrun, srun or --devices N."""
+    leave_if_started_by_a_stream()  # a training script without a main guard, imported again by a loader worker
     from lightning.fabric import Fabric
     from lightning.fabric.strategies.ddp import DDPStrategy
 

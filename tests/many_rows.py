@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from imkd_data.cache.index import read_index
 from imkd_data.cache.shard_file import ShardFile
-from imkd_data.cache.store import ANNOTATION_TOKENS, Cache
+from imkd_data.cache.store import Cache
 
 __all__ = ["ManyRows"]
 
@@ -26,13 +26,14 @@ class ManyRows(Cache):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self.copies)
 
-    def _read_index(self) -> pa.Table:
-        self.files = len(self.shards)
-        self.shards = self.shards * self.copies
+    def _read_index(self, without: tuple[str, ...], *, coded_parts: bool = False) -> pa.Table:
+        if not hasattr(self, "files"):
+            self.files = len(self.shards)
+            self.shards = self.shards * self.copies
         long = self.path.with_name(f"{self.path.name}.{self.copies}.parquet")
         if not long.exists():
             pq.write_table(self._long(read_index(self.path / "index.parquet")), long)
-        return read_index(long, without=ANNOTATION_TOKENS)
+        return read_index(long, without=without, coded_parts=coded_parts)
 
     def _long(self, index: pa.Table) -> pa.Table:
         span = self.files * self.recipe.rows_per_shard

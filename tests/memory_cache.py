@@ -77,6 +77,10 @@ class MemoryCache:
         self.index = pa.Table.from_pylist(lines)
         self._payloads: dict[int, Any] = {}
 
+    @property
+    def row_index(self) -> pa.Table:
+        return self.index
+
     def token(self, row: int) -> str:
         return self.samples[row].token
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from imkd_data.cache.layout import Shard
 from imkd_data.classes import DETECTION_CLASSES
@@ -19,7 +20,7 @@ from imkd_data.fields.base import CacheField, Stored
 from imkd_data.fields.codec import array_from_part
 from imkd_data.sample import Sample, SensorSuite
 
-__all__ = ["index_bytes", "index_schema", "read_index", "row_summary", "sample_row"]
+__all__ = ["checksums", "flat_numbers", "index_bytes", "index_schema", "members", "read_index", "row_summary", "sample_row"]
 
 ROW_GROUP = 4096
 _COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
@@ -231,13 +232,55 @@ def _stored_columns(
     here["status"] = "quarantined" if holes else "ok"
 
 
-def read_index(path: Path, columns: list[str] | None = None, without: tuple[str, ...] = ()) -> pa.Table:
-    """Read with page checksums checked; all columns, or ``columns``, or all but ``without``. Raises CacheDamageError."""
+def flat(chunk: pa.ListArray) -> pa.Array:
+    """Values of all lists, one after another. Here and below no ``pyarrow.compute``: importing it takes a loader worker as long
+    as reading the index."""
+    return chunk.values[chunk.offsets[0].as_py() : chunk.offsets[-1].as_py()]
+
+
+def flat_numbers(column: pa.ChunkedArray) -> NDArray[Any]:
+    """A column of lists as one array of numbers."""
+    parts = [flat(c).to_numpy(zero_copy_only=False) for c in column.chunks]
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def checksums(table: pa.Table, name: str) -> NDArray[np.int64]:
+    """(N,) checksum of every row of an array field, -1 where the row is a hole."""
+    crc: NDArray[Any] = table[f"{name}.crc32c"].to_numpy()
+    if crc.dtype.kind == "f":  # with holes
+        crc = np.where(np.isnan(crc), -1, crc)
+    return crc.astype(np.int64)
+
+
+def members(table: pa.Table, name: str) -> tuple[Any, ...]:
+    """Members of a blob field, flat over all rows: (N + 1,) starts of the rows, part names, then of every member the code of
+    its part, offset, length and checksum. table: read with ``coded_parts``."""
+    counts, codes, place = [np.zeros(1, np.int64)], [np.zeros(0, np.int64)], dict[str, int]()
+    for chunk in table[f"{name}.part"].chunks:  # each with a dictionary of its own
+        parts = flat(chunk)
+        code = [place.setdefault(part, len(place)) for part in parts.dictionary.to_pylist()]
+        counts.append(np.diff(chunk.offsets.to_numpy()))
+        codes.append(np.array(code, np.int64)[parts.indices.to_numpy(zero_copy_only=False)])
+    numbers = [flat_numbers(table[f"{name}.{c}"]) for c in ("offset", "length", "crc32c")]
+    return np.cumsum(np.concatenate(counts)), list(place), np.concatenate(codes), *numbers
+
+
+def read_index(
+    path: Path, columns: list[str] | None = None, without: tuple[str, ...] = (), *, coded_parts: bool = False
+) -> pa.Table:
+    """Read with page checksums checked; all columns, or ``columns``, or all but ``without``. coded_parts: names of blob parts
+    as dictionaries, as ``members`` takes them. Raises CacheDamageError."""
+    options: dict[str, Any] = {"page_checksum_verification": True, "memory_map": True}
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True, memory_map=True) as file:
+        with pq.ParquetFile(path, **options) as file:
             if without:
                 columns = [n for n in file.schema_arrow.names if n not in without]
-            return file.read(columns=columns)
+            if not coded_parts:
+                return file.read(columns=columns)
+            paths = [file.schema.column(i).path for i in range(len(file.schema))]
+            coded = [p for p in paths if ".part." in p]  # <field>.part.list.element
+            with pq.ParquetFile(path, metadata=file.metadata, read_dictionary=coded, **options) as again:
+                return again.read(columns=columns)
     except FileNotFoundError as error:
         raise CacheDamageError("index is missing", rule="index", file=str(path), next="imkd-data repair") from error
     except (OSError, pa.ArrowException, ValueError) as error:

@@ -76,6 +76,11 @@ class MemoryCache:
             )
         return pa.Table.from_pylist(rows)
 
+    @property
+    def row_index(self) -> pa.Table:
+        """``index``: nothing is left out of it."""
+        return self.index
+
     def _samples(self, scene: str) -> tuple[Sample, ...]:
         if scene not in self._scenes:
             self._scenes[scene] = self.reader.samples(scene)

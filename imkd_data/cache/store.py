@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from imkd_data.cache import layout
 from imkd_data.cache.codecs import CRC_RESIDUE, MISSING, blob_value, decode_row
 from imkd_data.cache.commit import sha256_hex, storage_error
-from imkd_data.cache.index import read_index
+from imkd_data.cache.index import checksums, members, read_index
 from imkd_data.cache.manifest import read_manifest, suite_from_json
 from imkd_data.cache.receipt import parse_json, read_bytes, read_json
 from imkd_data.cache.shard_file import MAX_OPEN, ShardFile
@@ -32,6 +32,8 @@ from imkd_data.sample import SensorSuite
 __all__ = ["Cache", "open_cache"]
 
 ANNOTATION_TOKENS = ("box_tokens", "instance_tokens")
+# Columns that reading rows needs none of, and half of the time that the rest takes: read when ``index`` is first asked for.
+CAMERA_COLUMNS = ("image_from_camera", "ego_from_camera")
 
 
 def open_cache(
@@ -75,7 +77,7 @@ class Cache:
     Attributes:
         path, recipe, suite, id: folder, what was asked for, the data set's sensors, identity of the content.
         fields: name -> CacheField. index: pyarrow Table, one line per sample (see FORMAT.md; without the annotation tokens,
-            which ``annotation_tokens`` gives).
+            which ``annotation_tokens`` gives). row_index: what reading rows takes of it, names of blob parts as dictionaries.
 
     Rows are global row numbers ``shard * rows_per_shard + position``, the row in the Zarr arrays. Numbers between shards
     that hold no sample are never given out by ``rows``.
@@ -92,17 +94,18 @@ class Cache:
         self.shards = layout.shards_from_json(group["attributes"]["shards"])
         self.id: str = self.manifest["id"]
         self.fields = self._fields(own_fields)
-        self.index = self._read_index()
+        self._index: pa.Table | None = None
+        self.row_index = self._read_index((*ANNOTATION_TOKENS, *CAMERA_COLUMNS), coded_parts=True)
         self._open_index()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self._own_fields)
 
     def __repr__(self) -> str:
-        return f"Cache({str(self.path)!r}, {self.index.num_rows} samples, {len(self.fields)} fields, id {self.id[:12]})"
+        return f"Cache({str(self.path)!r}, {len(self)} samples, {len(self.fields)} fields, id {self.id[:12]})"
 
     def __len__(self) -> int:
-        return int(self.index.num_rows)
+        return int(self.row_index.num_rows)
 
     # Opening
 
@@ -112,7 +115,14 @@ class Cache:
             raise CacheDamageError("file differs from the manifest", rule="manifest.sha256", file=name, next="imkd-data verify")
         return data
 
-    def _read_index(self) -> pa.Table:
+    @property
+    def index(self) -> pa.Table:
+        """One line per sample, every column but the annotation tokens."""
+        if self._index is None:
+            self._index = self._read_index(ANNOTATION_TOKENS)
+        return self._index
+
+    def _read_index(self, without: tuple[str, ...], *, coded_parts: bool = False) -> pa.Table:
         path = self.path / "index.parquet"
         size = path.stat().st_size if path.is_file() else -1
         if size != self.manifest["index_bytes"]:
@@ -124,7 +134,7 @@ class Cache:
                 found=f"{size:,} bytes",
                 next="imkd-data repair",
             )
-        return read_index(path, without=ANNOTATION_TOKENS)
+        return read_index(path, without=without, coded_parts=coded_parts)
 
     def _fields(self, own: tuple[CacheField, ...]) -> dict[str, CacheField]:
         known = {**_known_fields(), **{f.name: f for f in own}}
@@ -176,7 +186,7 @@ class Cache:
 
     def _open_index(self) -> None:
         r = self.recipe.rows_per_shard
-        self._rows = np.asarray(self.index["row"].to_numpy(), np.int64)
+        self._rows = np.asarray(self.row_index["row"].to_numpy(), np.int64)
         self._line_of_row = np.full(len(self.shards) * r, -1, np.int64)
         self._line_of_row[self._rows] = np.arange(len(self._rows))
         self._crc: dict[str, NDArray[Any]] = {}
@@ -189,25 +199,12 @@ class Cache:
                 assert one.shape is not None and one.dtype is not None
                 shape = tuple(int(n) for n in one.shape(self.recipe, self.suite))
                 self._array[name] = one.codec, one.dtype, shape
-                column = self.index[f"{name}.crc32c"].combine_chunks()
-                crc = column.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-                crc[np.asarray(column.is_null())] = -1
-                self._crc[name] = crc
+                self._crc[name] = checksums(self.row_index, name)
             else:
-                self._blob[name] = self._blob_columns(name)
+                self._blob[name] = members(self.row_index, name)
         self._files: dict[tuple[str, int], ShardFile] = {}
         self._lock = threading.Lock()
         self._channel = {c.lower(): c for c in self.suite.channels}
-
-    def _blob_columns(self, name: str) -> tuple[Any, ...]:
-        """Line starts, parts, offsets, lengths, checksums; flat over all members."""
-        lists = {c: self.index[f"{name}.{c}"].combine_chunks() for c in ("part", "offset", "length", "crc32c")}
-        starts = np.concatenate([[0], np.cumsum(np.asarray(lists["part"].value_lengths().fill_null(0)))])
-        flat = {c: v.flatten() for c, v in lists.items()}
-        parts = flat["part"].dictionary_encode()
-        names, codes = parts.dictionary.to_pylist(), parts.indices.to_numpy(zero_copy_only=False)
-        numbers = [flat[c].to_numpy(zero_copy_only=False) for c in ("offset", "length", "crc32c")]
-        return starts, names, codes, *numbers
 
     def check_sizes(self, only: Sequence[str] | None = None) -> None:
         """Size of every data file against the manifest. Raises one CacheDamageError that lists all."""
@@ -269,7 +266,7 @@ class Cache:
     def row(self, token: str) -> int:
         """Global row of a sample token. Raises UsageError where the cache has no such sample."""
         if self._row_of_token is None:
-            self._row_of_token = dict(zip(self.index["token"].to_pylist(), self._rows.tolist(), strict=True))
+            self._row_of_token = dict(zip(self.row_index["token"].to_pylist(), self._rows.tolist(), strict=True))
         try:
             return self._row_of_token[token]
         except KeyError:
@@ -277,7 +274,7 @@ class Cache:
 
     def token(self, row: int) -> str:
         """Sample token of a row."""
-        return str(self.index["token"][self.line(row)].as_py())
+        return str(self.row_index["token"][self.line(row)].as_py())
 
     def line(self, row: int) -> int:
         """Line of a row in ``index``. Raises UsageError where there is no sample."""
@@ -299,12 +296,12 @@ class Cache:
         """
         keep = np.ones(len(self._rows), bool)
         if not quarantined:
-            keep &= np.asarray(self.index["status"].to_pylist()) == "ok"
+            keep &= np.asarray(self.row_index["status"].to_pylist()) == "ok"
         for column, wanted in (("split", [split] if isinstance(split, str) else split), ("scene", scenes)):
             if wanted is None:
                 continue
             names = set(wanted)
-            values = np.asarray(self.index[column].to_pylist())
+            values = np.asarray(self.row_index[column].to_pylist())
             unknown = sorted(names - set(values.tolist()))
             if unknown:
                 raise UsageError(
@@ -365,7 +362,7 @@ class Cache:
             if len(data) != lengths[i] or google_crc32c.value(data) != crcs[i]:
                 raise self._damage(field, row, "stored bytes differ from the index")
             out[names[codes[i]]] = data
-        if not out and field in (self.index["holes"][line].as_py() or ()):
+        if not out and field in (self.row_index["holes"][line].as_py() or ()):
             raise self._damage(field, row, "the sample is quarantined: it has no data of this field")
         return out
 

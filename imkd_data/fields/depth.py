@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 
 from imkd_data.fields.base import CacheField, Stored
 from imkd_data.fields.codec import OnePayload, too_many
-from imkd_data.kernels.project import DEPTH_STEPS_PER_M, UV_STEPS_PER_PX, order_by_ring, project
 from imkd_data.recipe import Recipe
 from imkd_data.sample import Payload, SensorSuite
 
 __all__ = ["DEPTH_FIELDS", "decode_depth"]
+
+# The codes that ``kernels.project`` writes. Kernels are imported where they compute: loader workers start without numba.
+UV_STEPS_PER_PX = 32
+DEPTH_STEPS_PER_M = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,8 @@ class _Views:
 
 def _project_all(payload: Payload, recipe: Recipe) -> _Views:
     """Every point with depth > 0 inside the image, own car included, sorted by ring, then column (order in the file)."""
+    from imkd_data.kernels.project import order_by_ring, project
+
     if not payload.lidar:
         raise ValueError("depth fields need the LiDAR key scan in the payload")
     points, sweep = payload.lidar[0], payload.sample.lidar[0]

@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from imkd_data.errors import InputDataError
 from imkd_data.fields.base import CacheField, Stored
 from imkd_data.fields.codec import OnePayload, array_from_part, part_from_array, too_many
-from imkd_data.kernels.quantise import quantise
-from imkd_data.kernels.rasterize import DROPPED, add_sweep, pool_view, unpack_planes
 from imkd_data.recipe import Recipe
 from imkd_data.sample import Payload, Points, SensorSuite
 
@@ -22,6 +20,8 @@ __all__ = ["LIDAR_FIELDS", "z_from_code"]
 _PLANES = ("lidar_bev_sum", "lidar_bev_count", "lidar_bev_max", "lidar_bev_z_of_max")
 _GRID_USES = ("grid", "lidar_sweeps", "own_car_box_m", "z_min_m", "z_span_m", "reference_channel")
 Z_STEPS = 255
+# What the counters of ``kernels.rasterize.add_sweep`` count, in order.
+DROPPED = ("own_car", "outside_grid", "outside_z_span", "intensity_not_whole")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,8 @@ def _intensity(points: Points) -> NDArray[np.float32]:
 
 
 def _rasterise(payload: Payload, recipe: Recipe) -> _Planes:
+    from imkd_data.kernels.rasterize import add_sweep, unpack_planes
+
     shape = recipe.grid.shape
     trace = "lidar_provenance" in recipe.fields
     cells = np.zeros(shape, dtype=np.uint64)
@@ -95,6 +97,8 @@ def _plane(name: str) -> Any:
 def _intensity_view(
     payload: Payload, recipe: Recipe, suite: SensorSuite, upstream: Mapping[str, Stored], drops: dict[str, int]
 ) -> Stored:
+    from imkd_data.kernels.rasterize import pool_view
+
     total, count, strongest, z_code = (np.ascontiguousarray(upstream[n]) for n in _PLANES)
     view: NDArray[np.uint8] = pool_view(total, count, strongest, z_code, recipe.view_cells)
     return view
@@ -131,6 +135,8 @@ def _points(
     payload: Payload, recipe: Recipe, suite: SensorSuite, upstream: Mapping[str, Stored], drops: dict[str, int]
 ) -> Stored:
     """Parts: xyz (3, N) i16 in 1 cm, state (3, N) u8 intensity, ring, sweep, pose (S, 13) f64 ego_from_lidar and age."""
+    from imkd_data.kernels.quantise import quantise
+
     scans = payload.lidar or ()
     total = sum(map(len, scans))
     xyz, state = np.empty((3, total), dtype=np.int16), np.empty((3, total), dtype=np.uint8)

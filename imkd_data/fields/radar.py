@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from imkd_data.errors import UsageError
 from imkd_data.fields.base import CacheField, Stored
 from imkd_data.fields.codec import array_from_part, part_from_array
-from imkd_data.kernels.radar import radar_codes
 from imkd_data.recipe import Recipe
 from imkd_data.sample import Payload, SensorSuite
 
@@ -74,6 +73,8 @@ def _compute_points(
 ) -> Stored:
     """One part: (rows, P) i16, order sensor, sweep, place in the file. Positions and full velocity vectors are moved into ego,
     everything else stays raw."""
+    from imkd_data.kernels.radar import radar_codes
+
     rows, scans, moves, extra = radar_rows(suite), [], [], []
     for channel, points in (payload.radar or {}).items():
         for k, (sweep, scan) in enumerate(zip(payload.sample.radar[channel], points, strict=True)):

@@ -8,10 +8,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DEPTH_STEPS_PER_M", "UV_STEPS_PER_PX", "order_by_ring", "project"]
-
-UV_STEPS_PER_PX = 32
-DEPTH_STEPS_PER_M = 256
+__all__ = ["order_by_ring", "project"]
 
 
 @numba.njit(cache=True, nogil=True)

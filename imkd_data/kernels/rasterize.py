@@ -9,10 +9,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DROPPED", "add_sweep", "pool_view", "unpack_planes"]
+__all__ = ["add_sweep", "pool_view", "unpack_planes"]
 
-# What the counters of ``add_sweep`` count, in order.
-DROPPED = ("own_car", "outside_grid", "outside_z_span", "intensity_not_whole")
 _BLOCK = 1024
 # A cell while it is filled, in one number: sum in the upper 32 bits, count 16, strongest 8, its z code 8.
 _COUNT, _KEY, _ONE = np.uint64(0xFFFF_0000), np.uint64(0xFFFF), np.uint64(0x1_0000)
@@ -37,8 +35,9 @@ def add_sweep(
     xyz_m (3, N), intensity (N,): sensor frame, whole intensities 0..255. rotation, translation_m: ego_from_sensor.
     grid_mm: x_min, y_min, cell. z_mm: lower end and span. own_car_mm: x0, x1, y0, y1, z0, z1, half open, left out.
     A cell keeps the largest (intensity, z code). provenance (3, Y, X), or (3, 0, 0) to leave it out: x and y of
-    that return inside its cell in 1/256 cell, and ``sweep``; of equal returns the first. dropped (4,) counts by ``DROPPED``,
-    last the points inside whose intensity is no whole number 0..255: they are not counted, and the caller must refuse them.
+    that return inside its cell in 1/256 cell, and ``sweep``; of equal returns the first. dropped (4,) counts as
+    ``fields.lidar.DROPPED`` says, last the points inside whose intensity is no whole number 0..255: they are not counted, and
+    the caller must refuse them.
     A count stops at 65,535, which the caller must refuse.
 
     Millimetres are whole numbers of float64 here, so comparing and dividing them is exact: half a millimetre is added before a

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from imkd_data.geometry import BevGrid
-from imkd_data.kernels.dense import nearest_depth, scaled_planes
 from imkd_data.loader.batch import Batch, BoxBatch, PointBatch
 from imkd_data.loader.read import Packed
 from imkd_data.loader.request import PARTS, PLANES, StreamRequest
@@ -40,6 +39,8 @@ def _scale_and_shift() -> tuple[list[float], list[float]]:
 def _normalised_here(images_BTVCHW: Tensor) -> Tensor:
     """``normalised`` on a CPU, in one pass. NumPy allocates, because it asks for large pages: first touches of ordinary
     ones take longer than the arithmetic."""
+    from imkd_data.kernels.dense import scaled_planes
+
     planes = images_BTVCHW.reshape(-1, images_BTVCHW.shape[-2] * images_BTVCHW.shape[-1]).numpy()
     scale, shift = (np.array(v, dtype=np.float32) for v in _scale_and_shift())
     out = np.empty(planes.shape, dtype=np.float32)
@@ -51,6 +52,8 @@ def depth_maps(uvd: Tensor, batch: Tensor, view: Tensor, *, shape_BVHW: tuple[in
     """Points (N, 3) u, v, depth -> (B, V, H, W) metres, 0 = none; the pixel whose centre is nearest, the nearest point wins."""
     num_batch, num_views, height, width = shape_BVHW
     if uvd.device.type == "cpu":
+        from imkd_data.kernels.dense import nearest_depth
+
         host = np.zeros(shape_BVHW, dtype=np.float32)
         nearest_depth(uvd.numpy(), batch.numpy(), view.numpy(), host)
         return torch.from_numpy(host)
@@ -111,6 +114,13 @@ class Delivery:
     plane_grid: BevGrid
     view_grid: BevGrid
     z_of_code: tuple[float, ...]
+
+    def get_ready(self, device: torch.device | str = "cpu") -> None:
+        """Load what the first batch needs, meant for while workers start: half a second for numba's compiled loops."""
+        if torch.device(device).type == "cpu":
+            nothing = torch.zeros(0, dtype=torch.int64)
+            _normalised_here(torch.zeros((1, 3, 1, 1), dtype=torch.uint8))
+            depth_maps(torch.zeros((0, 3)), nothing, nothing, shape_BVHW=(1, 1, 1, 1))
 
     def batch(self, packed: Packed, device: torch.device | str = "cpu") -> Batch:
         """The batch on ``device``."""

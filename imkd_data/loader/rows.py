@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from imkd_data.cache.index import flat_numbers
 from imkd_data.errors import MismatchError, UsageError
 
 if TYPE_CHECKING:
@@ -71,13 +72,13 @@ def _numbers(index: Any, name: str) -> I64:
 
 
 def read_rows(cache: Cache) -> RowTable:
-    """The columns that a stream needs, from ``cache.index``."""
-    index = cache.index
+    """The columns that a stream needs, from ``cache.row_index``."""
+    index = cache.row_index
     row = _numbers(index, "row")
     position_of = np.full(int(row.max(initial=-1)) + 1, -1, dtype=np.int64)
     position_of[row] = np.arange(len(row))
     names, codes = np.unique(np.asarray(index["split"].to_pylist(), dtype=object).astype(str), return_inverse=True)
-    poses = index["global_from_ego"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    poses = flat_numbers(index["global_from_ego"])
     return RowTable(
         row=row,
         previous_row=_numbers(index, "previous_row"),
@@ -94,7 +95,7 @@ def read_rows(cache: Cache) -> RowTable:
 def check_no_scene_in_two_splits(cache: Cache) -> None:
     """Errors: MismatchError naming a scene that stands in two splits."""
     seen: dict[str, str] = {}
-    for scene, split in zip(cache.index["scene"].to_pylist(), cache.index["split"].to_pylist(), strict=True):
+    for scene, split in zip(cache.row_index["scene"].to_pylist(), cache.row_index["split"].to_pylist(), strict=True):
         if seen.setdefault(scene, split) != split:
             raise MismatchError(
                 "a scene stands in two splits, so validation would see training data",

@@ -22,7 +22,18 @@ from imkd_data.loader.order import Order, Shuffle, check_state, selection_hash
 from imkd_data.loader.read import Packed, SampleReader
 from imkd_data.loader.request import StreamRequest, available_parts, check_request, normalised_parts
 from imkd_data.loader.rows import TRAIN_SPLITS, check_no_scene_in_two_splits, read_rows, select_rows
-from imkd_data.loader.work import LOOK_EVERY_S, Batches, Jobs, Key, Source, arrived, one_thread, started
+from imkd_data.loader.work import (
+    LOOK_EVERY_S,
+    Batches,
+    Jobs,
+    Key,
+    Source,
+    arrived,
+    leave_if_started_by_a_stream,
+    one_thread,
+    started,
+    unguarded_script,
+)
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
@@ -146,7 +157,9 @@ class Stream:
 
     def _delivered(self, keys: Callable[[], Iterator[Key]]) -> Iterator[Batch]:
         source = Source(self.reader, self.order, self.batch_size, self.on_bad_sample == "skip")
-        if self.workers == 0:
+        if self.workers:
+            leave_if_started_by_a_stream()
+        else:
             for key in keys():
                 yield self._delivery_of(source.packed(key))
             return
@@ -162,10 +175,13 @@ class Stream:
             timeout=min(LOOK_EVERY_S, self.timeout_s),
         )
         values = started(loader)
+        self.delivery.get_ready(self.device)
         for key in keys():
             try:
                 value = arrived(values, self.timeout_s)
             except (RuntimeError, ConnectionError, EOFError) as error:  # killed while it hands over a tensor: its socket ends
+                if (unguarded := unguarded_script(values)) is not None:
+                    raise unguarded from None
                 raise self._worker_error(error, source, key) from error
             if isinstance(value, ImkdError):
                 raise value

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import multiprocessing
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,16 +24,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from imkd_data.errors import CacheDamageError, ImkdError, InputDataError
+from imkd_data.errors import CacheDamageError, ImkdError, InputDataError, UsageError
 from imkd_data.loader.order import Order
 from imkd_data.loader.read import Packed, SampleReader, pack
 
-__all__ = ["LOOK_EVERY_S", "Batches", "Job", "Jobs", "Key", "Source", "arrived", "one_thread", "started"]
+__all__ = [
+    "LOOK_EVERY_S",
+    "Batches",
+    "Job",
+    "Jobs",
+    "Key",
+    "Source",
+    "arrived",
+    "leave_if_started_by_a_stream",
+    "one_thread",
+    "started",
+    "unguarded_script",
+]
 
 # Epoch and the position of this rank's first sample.
 Key = tuple[int, int]
 
 LOOK_EVERY_S = 5.0  # between two looks at whether the workers live
+_STARTED_BY = "IMKD_STARTED_BY"  # in a worker's environment: the process whose stream started it
+_UNGUARDED = 77  # exit status of a worker whose main script would start workers again
 MOST_SKIPS = 16  # neighbours tried in place of a damaged sample
 
 
@@ -162,12 +179,43 @@ def one_thread(_: int) -> None:
         threadpool_limits(1, user_api="blas")
 
 
+def leave_if_started_by_a_stream() -> None:
+    """A spawned worker imports the main script before it works. Where the script's own code is not guarded it comes back to the
+    stream, or to the training, that started the worker: the process ends here, and ``unguarded_script`` says why."""
+    starting = getattr(multiprocessing.current_process(), "_inheriting", False)
+    if starting and os.environ.get(_STARTED_BY) == str(os.getppid()):
+        raise SystemExit(_UNGUARDED)
+
+
+def unguarded_script(values: Iterator[Packed | ImkdError]) -> UsageError | None:
+    """The error where workers died because they could not import the main script; None where they died of something else."""
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    if _UNGUARDED in [w.exitcode for w in getattr(values, "_workers", ())]:
+        return UsageError(
+            "loader workers import the script that started them, and this one starts them again",
+            expected='the code of the script under if __name__ == "__main__":',
+            file=main or "",
+            next="put it there, or use workers=0",
+        )
+    if main is not None and not os.path.exists(main):
+        return UsageError(
+            "loader workers import the script that started them, and this one is not in a file",
+            found=main,
+            next="save it to a file, or use workers=0",
+        )
+    return None
+
+
 def started(loader: torch.utils.data.DataLoader[Any]) -> Iterator[Packed | ImkdError]:
     """The loader's workers, started without torch's SIGCHLD handler: it raises a worker's death at any line of the
     caller's code, even inside a checkpoint's write. ``arrived`` sees it within seconds at a place we choose."""
     mine = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
     before = signal.getsignal(signal.SIGCHLD) if mine else None
-    values = iter(loader)
+    os.environ[_STARTED_BY] = str(os.getpid())
+    try:
+        values = iter(loader)
+    finally:
+        del os.environ[_STARTED_BY]
     if mine:
         signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
     return values
