@@ -241,10 +241,11 @@ class SampleReader:
 
     def _radar(self, rows: NDArray[np.int64], moves: Sequence[F64], epoch: int, position: int) -> Arrays:
         request, parts = self.request, []
+        decoded: dict[int, Arrays] = {}
         for t, row in enumerate(rows.tolist()):
-            if row in rows[:t]:
-                continue  # a repeated keyframe adds no returns
-            columns = self.cache.decode("radar_points", row)
+            if row not in decoded:
+                decoded[row] = self.cache.decode("radar_points", row)
+            columns = decoded[row]  # a keyframe repeated at the clip's start repeats its returns as it repeats its images
             keep = np.ones(len(columns["xyz_m"]), dtype=bool)
             for name, values in RADAR_FILTERS[request.radar_filter].items():
                 if name in columns:

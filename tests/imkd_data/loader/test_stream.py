@@ -208,8 +208,29 @@ def test_radar_history_and_velocity_frames(cache: MemoryCache) -> None:
     velocity = np.stack([past["vx_comp"], past["vy_comp"], 0 * past["vx_comp"]], axis=1)
     expected_v = ego_from_past.vectors(velocity)[:, :2]
     assert np.allclose(plain.velocity_mps[plain.time_index == 1].numpy(), expected_v, atol=1e-5)
-    repeated = next(iter(stream(cache, 1, **{**request, "rows": [7]}, history=(0, -1)))).radar
-    assert set(repeated.time_index.tolist()) <= {0}  # the clip's first keyframe is not counted twice
+
+
+def test_a_keyframe_repeated_at_the_clip_start_repeats_images_and_radar(cache: MemoryCache) -> None:
+    """As in CRN: a slot before the clip is the oldest keyframe once more, not a picture without radar."""
+
+    class Seen(MemoryCache):
+        """The toy's first scans are empty; here they hold those of the next keyframe."""
+
+        def decode(self, name: str, row: int) -> object:
+            return super().decode(name, row + 1 if name == "radar_points" and row == 7 else row)
+
+    other = Seen.__new__(Seen)
+    other.__dict__.update(cache.__dict__)
+    request = {"shuffle": "none", "fields": ("images", "radar_points"), "radar_filter": "none", "history": (0, -1, -2)}
+    for row, same in ((7, (0, 1, 2)), (8, (1, 2))):
+        batch = next(iter(stream(other, 1, rows=[row], **request)))  # type: ignore[arg-type]
+        assert batch.history_valid_BT[0].tolist() == [t not in same[1:] for t in (0, 1, 2)]
+        slots = [batch.radar.time_index == t for t in same]
+        assert int(slots[0].sum()) == len(other.decode("radar_points", 7)["x"]) > 0  # type: ignore[index]
+        for slot in slots[1:]:
+            for name in ("xyz_m", "features_NF", "age_s", "velocity_mps"):
+                assert torch.equal(getattr(batch.radar, name)[slot], getattr(batch.radar, name)[slots[0]])
+        assert torch.equal(batch.images_BTVCHW[0, same[0]], batch.images_BTVCHW[0, same[-1]])
 
 
 def test_radar_filters_and_sweeps(cache: MemoryCache) -> None:
