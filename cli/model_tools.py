@@ -69,7 +69,7 @@ def demo(out: Path, quick: bool, seed: int, workers: int | None, as_json: bool, 
 )
 @click.option("--out", required=True, type=PATH, help="Folder that gets last.ckpt.")
 @click.option("--boxes", type=click.Choice(["lwh", "wlh"]), help="Order of box sizes in a LiDAR network's file.")
-@click.option("--part", default="student", show_default=True, help="Network of a file with several: student, lidar, label.")
+@click.option("--part", default="student", show_default=True, help="Network of a family: student, lidar, label, teacher.")
 def import_(file: Path, source: str, out: Path, boxes: str | None, part: str) -> None:
     """Turn public weights (read as plain tensors, nothing in them is executed) into a checkpoint."""
     from imkd_models.checkpoint import save_checkpoint

@@ -9,12 +9,13 @@ from imkd_data.errors import MissingFeatureError
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import Batch
 from imkd_models.bevdepth import CameraAwareDepthNet, FrustumView, LinearDepthNet, camera_values, pool_frustum
-from imkd_models.blocks import BasicBlock, ResNetTrunk, StageNeck, conv_norm_relu
+from imkd_models.bevfusion import BevfusionTrunk, LidarDepthNet, refinement, sparse_depth
+from imkd_models.blocks import ResNetTrunk, StageNeck, conv_norm_relu
 from imkd_models.camera import DepthNet, Frustum, ImageEncoder, ViewTransform, pool_views
 from imkd_models.config import StudentConfig
 from imkd_models.fusion import SimulatedRefinement
 
-__all__ = ["BevfusionTrunk", "CameraBranch", "SimulatedBranch", "Trunk", "build_trunk"]
+__all__ = ["CameraBranch", "SimulatedBranch", "Trunk", "build_trunk"]
 
 
 class Trunk(nn.Module):
@@ -47,54 +48,6 @@ class Trunk(nn.Module):
         return {**named, "bev_neck": self.neck([fused, *stages])}
 
 
-class TopDownNeck(nn.Module):
-    """BEVFusion's LSSFPN: the last map enlarged onto the first one, joined, convolved, enlarged twice and convolved."""
-
-    def __init__(self, first: int, last: int, channels: int) -> None:
-        super().__init__()
-        joined = conv_norm_relu(first + last, channels, 1)
-        self.fuse = nn.Sequential(*joined, *conv_norm_relu(channels, channels))
-        self.up = conv_norm_relu(channels, channels)
-        self.out_channels = channels
-
-    def forward(self, first: Tensor, last: Tensor) -> Tensor:
-        options = {"mode": "bilinear", "align_corners": True}
-        last = nn.functional.interpolate(last, size=first.shape[-2:], **options)
-        x = self.fuse(torch.cat([last, first], dim=1))
-        return self.up(nn.functional.interpolate(x, scale_factor=2, **options))
-
-
-class BevfusionTrunk(nn.Module):
-    """BEVFusion's decoder: residual stages of strides 2, 2, 1 and widths base, 2 base, 4 base; a two-level neck."""
-
-    strides = (2, 2, 1)
-
-    def __init__(self, config: StudentConfig) -> None:
-        super().__init__()
-        stages, width = [], config.trunk_channels
-        self.channels = tuple(config.trunk_base * 2**i for i in range(3))
-        for channels, depth, stride in zip(self.channels, config.trunk_blocks, self.strides, strict=True):
-            first = BasicBlock(width, channels, stride)
-            stages.append(nn.Sequential(first, *[BasicBlock(channels, channels) for _ in range(depth - 1)]))
-            width = channels
-        self.stages = nn.ModuleList(stages)
-        self.neck = TopDownNeck(self.channels[0], self.channels[2], 4 * config.neck_channels)
-
-    def feature_shapes(self, grid: BevGrid) -> dict[str, tuple[int, int, int]]:
-        """(C, Y, X) of the delivered maps."""
-        sizes = [(grid.ny // k, grid.nx // k) for k in (2, 4, 4)]
-        stages = {f"bev_stage{i}": (c, *size) for i, (c, size) in enumerate(zip(self.channels, sizes, strict=True))}
-        return {**stages, "bev_neck": (self.neck.out_channels, *grid.shape)}
-
-    def forward(self, fused: Tensor) -> dict[str, Tensor]:
-        maps, x = [], fused
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        named = {f"bev_stage{i}": x for i, x in enumerate(maps)}
-        return {**named, "bev_neck": self.neck(maps[0], maps[2])}
-
-
 def build_trunk(config: StudentConfig) -> Trunk | BevfusionTrunk:
     """The student's trunk and neck."""
     return BevfusionTrunk(config) if config.trunk == "bevfusion" else Trunk(config)
@@ -103,7 +56,8 @@ def build_trunk(config: StudentConfig) -> Trunk | BevfusionTrunk:
 class CameraBranch(nn.Module):
     """Images of one keyframe -> maps on the (bin, column) plane of each view, and depth probabilities.
 
-    depth_input: sparse LiDAR depth joins the image features; only teachers have it.
+    depth_input: sparse LiDAR depth joins the image features; only teachers have it. depth_net lidar_points: the same from the
+    batch's LiDAR points, as BEVFusion does it.
     """
 
     def __init__(self, config: StudentConfig, *, radar_assisted: bool, pretrained: bool) -> None:
@@ -118,8 +72,9 @@ class CameraBranch(nn.Module):
             self.sparse_depth = nn.Sequential(*layers)
             width += extra
         c = config
-        if c.depth_net == "linear":
-            self.depth: nn.Module = LinearDepthNet(width, c.camera_channels, c.depth_bins)
+        if c.depth_net in ("linear", "lidar_points"):
+            kind = LinearDepthNet if c.depth_net == "linear" else LidarDepthNet
+            self.depth: nn.Module = kind(width, c.camera_channels, c.depth_bins)
         else:
             net = CameraAwareDepthNet if c.depth_net == "camera_aware" else DepthNet
             self.depth = net(width, c.depth_channels, c.camera_channels, c.depth_bins, c.depth_blocks)
@@ -127,6 +82,7 @@ class CameraBranch(nn.Module):
             self.view: nn.Module = FrustumView(c.camera_channels, aggregate=c.depth_aggregation)
         else:
             self.view = ViewTransform(c.camera_channels, c.view_convs, radar=radar_assisted)
+        self.refine = refinement(c.camera_channels, c.view_refine) if c.view_refine > 1 else None
 
     def encode(self, batch: Batch, slot: int) -> Tensor:
         """(B*V, C, h, w) image features of one history slot."""
@@ -163,9 +119,13 @@ class CameraBranch(nn.Module):
         if c.depth_net == "camera_aware":
             image33, pose44 = batch.image_from_camera_BTV33[:, 0], batch.bev_from_camera_BTV44[:, 0]
             extra = (camera_values(image33, pose44, batch.bev_from_ego_B44, c),)  # of the current keyframe, as published
+        if c.depth_net == "lidar_points":
+            image33, pose44 = batch.image_from_camera_BTV33[:, slot], batch.bev_from_camera_BTV44[:, slot]
+            extra = (sparse_depth(batch.lidar, image33, pose44, c),)
         context, logits = self.depth(features, *extra)
         depth = logits.float().softmax(1)
-        return pool_frustum(self.view(context, depth), cells.cell_NDW, c.grid.shape, count), depth
+        pooled = pool_frustum(self.view(context, depth), cells.cell_NDW, c.view_grid.shape, count)
+        return pooled if self.refine is None else self.refine(pooled), depth
 
 
 def _strides(total: int) -> list[int]:

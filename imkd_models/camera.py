@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from imkd_data.errors import InputDataError, RecipeError
 from imkd_data.geometry import BevGrid
+from imkd_models.bevfusion import LevelNeck
 from imkd_models.blocks import BasicBlock, StageNeck, cell_index, conv_norm_relu, count_per_rank, inverse44
 from imkd_models.config import StudentConfig
 from imkd_models.keymap import public_key, read_public, resnet_rules
@@ -58,21 +59,25 @@ BACKBONES: dict[str, Backbone] = {
 }
 
 
-def build_backbone(name: str, weights: str | None) -> nn.Module:
-    """The named image backbone. weights: ``published``, a published name or local folder for transformers, a ``.pth`` file of
-    torchvision's ResNet (what CRN starts from), None = random."""
+def build_backbone(name: str, weights: str | None, levels: int = 4) -> nn.Module:
+    """The named image backbone, its last ``levels`` maps. weights: ``published``, a published name or local folder for
+    transformers, a ``.pth`` file of torchvision's ResNet (what CRN starts from), None = random."""
     if name not in BACKBONES:
         raise RecipeError("unknown image backbone", expected=", ".join(BACKBONES), found=name)
     import transformers  # seconds to import: only where a camera branch is built
 
-    spec, features = BACKBONES[name], ["stage1", "stage2", "stage3", "stage4"]
+    spec, features = BACKBONES[name], ["stage1", "stage2", "stage3", "stage4"][-levels:]
     if weights is not None and weights.endswith((".pth", ".pt")):
-        return _torchvision_resnet(build_backbone(name, None), Path(weights))
+        return _torchvision_resnet(build_backbone(name, None, levels), Path(weights))
     if weights is not None:
         source = spec.published if weights == "published" else weights
-        return transformers.AutoBackbone.from_pretrained(source, out_features=features)
-    config = getattr(transformers, spec.config)(out_features=features, **spec.arguments)
-    return transformers.AutoBackbone.from_config(config)
+        backbone = transformers.AutoBackbone.from_pretrained(source, out_features=features)
+    else:
+        config = getattr(transformers, spec.config)(out_features=features, **spec.arguments)
+        backbone = transformers.AutoBackbone.from_config(config)
+    if hasattr(backbone, "swin"):
+        backbone.swin.layernorm = nn.Identity()  # of the classifier: no map passes through it, so it would never learn
+    return backbone
 
 
 def _torchvision_resnet(backbone: nn.Module, file: Path) -> nn.Module:
@@ -93,15 +98,20 @@ def _torchvision_resnet(backbone: nn.Module, file: Path) -> nn.Module:
 
 
 class ImageEncoder(nn.Module):
-    """Images (N, 3, H, W) -> (N, 4 * fpn_channels, H/16, W/16). With published weights a ResNet's stem stays frozen."""
+    """Images (N, 3, H, W) -> (N, C, H/stride, W/stride): C = 4 * fpn_channels of the stage neck, fpn_channels of the
+    top-down one. With published weights a ResNet's stem stays frozen."""
 
     def __init__(self, config: StudentConfig, *, pretrained: bool = True) -> None:
         super().__init__()
         weights = config.backbone_weights if pretrained else None
-        self.backbone = build_backbone(config.backbone, weights)
-        out = [config.fpn_channels] * 4
-        factors = [4 * 2**i / config.stride_px for i in range(4)]
-        self.neck = StageNeck(BACKBONES[config.backbone].channels, out, factors, momentum=config.norm_momentum)
+        widths = BACKBONES[config.backbone].channels
+        if config.image_neck == "topdown":
+            self.backbone = build_backbone(config.backbone, weights, levels=3)
+            self.neck: nn.Module = LevelNeck(widths[1:], config.fpn_channels)
+        else:
+            self.backbone = build_backbone(config.backbone, weights)
+            factors = [4 * 2**i / config.stride_px for i in range(4)]
+            self.neck = StageNeck(widths, [config.fpn_channels] * 4, factors, momentum=config.norm_momentum)
         self.swapped = "image_channels:swapped" in config.parity
         self.stem = getattr(self.backbone, "embedder", None) if config.backbone_weights is not None else None
         if self.stem is not None:
@@ -196,12 +206,12 @@ def frustum(
 def _own_places(xyz: Tensor, config: StudentConfig) -> Frustum:
     """Every cell (B, V, D, H, W, 3) at its own place. Truncation makes the one height cell twice as deep downwards."""
     low, high = config.z_range_m
-    truncate = "cell_index:trunc" in config.parity
+    grid, truncate = config.view_grid, "cell_index:trunc" in config.parity
     z = xyz[..., 2]
     valid = (z > 2 * low - high) & (z < high) if truncate else (z >= low) & (z < high)
-    row, column, inside = cell_index(xyz[..., :2], config.grid, truncate=truncate)
+    row, column, inside = cell_index(xyz[..., :2], grid, truncate=truncate)
     sample = torch.arange(len(xyz), device=xyz.device).view(-1, 1, 1, 1, 1)
-    cell = torch.where(inside & valid, (sample * config.grid.ny + row) * config.grid.nx + column, -1)
+    cell = torch.where(inside & valid, (sample * grid.ny + row) * grid.nx + column, -1)
     return Frustum(cell_NDW=cell.flatten(0, 1), valid_NDHW=valid.flatten(0, 1))
 
 

@@ -101,11 +101,14 @@ class StudentConfig(ModelConfig):
     camera.build_backbone, None = random. depth_*: bins start at depth_min_m. radar_encoder: perspective (CRN, needs cameras) |
     bev (pillars on the BEV grid). geometry_rows: height of a frustum cell from the ``top`` or the ``mean`` valid feature
     row. fuser_stride: the attention fusers work on a grid coarser by this factor (1 in CRN; 2 for small CPU models).
-    depth_net: plain (CRN) | camera_aware (BEVDepth) | linear (BEVFusion). view: collapsed (CRN: mean over cells that share
-    one row's place) | frustum (every cell has its own place, sums). time_fusion: mix (one convolution) | concat (the trunk
-    reads all keyframes). fuser none: the only branch's map as it is. source_hw_px: size of the data set's images.
-    radar_encoder points: CRKD's point network on BEV cells. trunk: resnet (CRN) | bevfusion (three strided stages and a
-    two-level neck). convention: bev | bevfusion, see convention.py; mount_m: where its LiDAR sits in ego.
+    image_neck: stages (SECONDFPN, all four maps side by side) | topdown (BEVFusion's, strides 8 to 32, output at 8).
+    depth_net: plain (CRN) | camera_aware (BEVDepth) | linear (BEVFusion) | lidar_points (BEVFusion's with LiDAR; teachers
+    only). view: collapsed (CRN: mean over cells that share one row's place) | frustum (every cell has its own place, sums).
+    view_refine: a frustum view is pooled on cells this much finer and brought to the grid by convolutions. time_fusion:
+    mix (one convolution) | concat (the trunk reads all keyframes). fuser none: the only branch's map as it is.
+    source_hw_px: size of the data set's images. radar_encoder points: CRKD's point network on BEV cells. trunk: resnet (CRN) |
+    bevfusion (three strided stages and a two-level neck). convention: bev | bevfusion, see convention.py; mount_m: where its
+    LiDAR sits in ego.
     """
 
     kind: ClassVar[str] = "student"
@@ -117,6 +120,7 @@ class StudentConfig(ModelConfig):
     backbone: str = "resnet50"
     backbone_weights: str | None = None
     fpn_channels: int = 128
+    image_neck: str = "stages"
     stride_px: int = 16
     depth_min_m: float = 2.0
     depth_step_m: float = 0.8
@@ -131,6 +135,7 @@ class StudentConfig(ModelConfig):
     depth_net: str = "plain"
     depth_aggregation: bool = False  # BEVDepth's "da" variants
     view: str = "collapsed"
+    view_refine: int = 1
     source_hw_px: tuple[int, int] = (900, 1600)
     # radar
     radar_encoder: str = "perspective"
@@ -201,7 +206,8 @@ class StudentConfig(ModelConfig):
             "calibration_init": ("kaiming", "residual"),
             "camera_gate": ("radar", "camera"),
             "sim_attention": ("deformable", "conv"),
-            "depth_net": ("plain", "camera_aware", "linear"),
+            "image_neck": ("stages", "topdown"),
+            "depth_net": ("plain", "camera_aware", "linear", "lidar_points"),
             "view": ("collapsed", "frustum"),
             "time_fusion": ("mix", "concat"),
         }
@@ -213,6 +219,12 @@ class StudentConfig(ModelConfig):
     def trunk_channels(self) -> int:
         """Channels of ``bev_fused`` after the fusion over time."""
         return self.fused_channels * (len(self.history) if self.time_fusion == "concat" else 1)
+
+    @property
+    def view_grid(self) -> BevGrid:
+        """Cells on which the view is pooled."""
+        g, k = self.grid, self.view_refine
+        return BevGrid(x_min_m=g.x_min_m, y_min_m=g.y_min_m, cell_m=g.cell_mm / k / 1000, nx=g.nx * k, ny=g.ny * k)
 
     @property
     def assisted(self) -> bool:
@@ -239,6 +251,11 @@ class StudentConfig(ModelConfig):
             )
         if self.view == "collapsed" and (self.depth_net != "plain" or self.depth_aggregation):
             raise RecipeError("depth_net and depth_aggregation other than CRN's need view=frustum", found=self.depth_net)
+        if self.view_refine != 1 and (self.view_refine < 1 or self.view != "frustum" or self.grid.cell_mm % self.view_refine):
+            found = f"{self.view_refine} with view {self.view} and cells of {self.grid.cell_mm} mm"
+            raise RecipeError("view_refine divides the cells of a frustum view into whole millimetres", found=found)
+        if self.stride_px != 8 and (self.image_neck == "topdown" or self.depth_net == "lidar_points"):
+            raise RecipeError("image_neck topdown and depth_net lidar_points work at stride_px 8", found=str(self.stride_px))
 
     def _check_sizes(self) -> None:
         """The strided maps must come back to their own size."""
@@ -320,12 +337,14 @@ class LabelConfig(ModelConfig):
 @dataclass(frozen=True, kw_only=True)
 class FusionConfig(ModelConfig):
     """LiDAR-camera teacher of CRKD and Adaptive-Smooth: ``lidar`` without its head, the camera branch of ``student``,
-    a gated (or concat) fuser, and the student's kind of trunk and head. The parts are JSON objects of their configs."""
+    a gated (or concat) fuser, and the student's kind of trunk and head. The parts are JSON objects of their configs.
+    lidar_neck false: the map of a voxel encoder itself is ``bev_lidar``, without stages and neck (BEVFusion)."""
 
     kind: ClassVar[str] = "fusion"
     lidar: LidarConfig
     student: StudentConfig
     lidar_channels: int = 256
+    lidar_neck: bool = True
     fused_channels: int = 256
     fuser: str = "gated"
     box_weight: float = 0.25
@@ -337,6 +356,8 @@ class FusionConfig(ModelConfig):
                 object.__setattr__(self, key, cls.from_dict(getattr(self, key)))
         if self.fuser not in ("gated", "concat"):
             raise RecipeError("fuser of a LiDAR-camera teacher", expected="gated | concat", found=self.fuser)
+        if not self.lidar_neck and (self.lidar.encoder != "voxel" or self.lidar_channels != 256):
+            raise RecipeError("lidar_neck=false needs encoder=voxel and its lidar_channels=256", found=self.lidar.encoder)
         if self.lidar.grid != self.grid or self.student.grid != self.grid:
             raise RecipeError("the branches of a LiDAR-camera teacher lie on its own grid", found=repr(self.student.grid))
 

@@ -6,9 +6,9 @@ mmdetection3d's nuScenes networks live in LiDAR axes: x right, y forward, z from
 (mmdetection3d 1.0 and later) give length, width, height and the yaw of the heading; ``wlh`` networks (before 1.0) give width,
 length, height and -yaw - pi/2.
 
-``bevfusion``: camera-radar networks of BEVFusion's code base live in the same axes with rows along x_L and columns along
-y_L, so their maps are bev maps upside down. Their inputs are mirrored in y and lowered by the mounting height; boxes
-are ``wlh``.
+``bevfusion``: camera-radar and LiDAR-camera networks of BEVFusion's code base live in the same axes with rows along x_L and
+columns along y_L, so their maps are bev maps upside down. Their inputs are mirrored in y and lowered by the mounting height;
+boxes are ``wlh``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def points_to_network(lidar: PointBatch, height_m: float) -> PointBatch:
 
 
 def mirrored(batch: Batch, height_m: float) -> Batch:
-    """The batch whose x and y are BEVFusion's y_L and x_L: cameras and radar mirrored in y, z from the LiDAR."""
+    """The batch whose x and y are BEVFusion's y_L and x_L: cameras, radar and LiDAR mirrored in y, z from the LiDAR."""
     change = torch.eye(4, device=batch.bev_from_ego_B44.device)
     change[1, 1], change[2, 3] = -1.0, -height_m
     radar, poses = batch.radar, batch.bev_from_camera_BTV44
@@ -60,7 +60,11 @@ def mirrored(batch: Batch, height_m: float) -> Batch:
         if velocity is not None:
             velocity = torch.stack([velocity[:, 0], -velocity[:, 1]], dim=1)
         radar = replace(radar, xyz_m=torch.stack([x, -y, z - height_m], dim=1), velocity_mps=velocity)
-    return replace(batch, radar=radar, bev_from_camera_BTV44=None if poses is None else change.to(poses.dtype) @ poses)
+    lidar = batch.lidar
+    if lidar is not None:
+        lidar = replace(lidar, xyz_m=lidar.xyz_m * change.diagonal()[:3] + change[:3, 3])
+    moved = None if poses is None else change.to(poses.dtype) @ poses
+    return replace(batch, radar=radar, lidar=lidar, bev_from_camera_BTV44=moved)
 
 
 def near_sensor(lidar: PointBatch, config: LidarConfig) -> Tensor:

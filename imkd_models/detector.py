@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from imkd_data.errors import MismatchError, MissingFeatureError
+from imkd_data.errors import MismatchError, MissingFeatureError, RecipeError
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import Batch
 from imkd_models.blocks import conv_norm_relu
@@ -21,7 +21,7 @@ from imkd_models.config import FusionConfig, LidarConfig, ModelConfig, StudentCo
 from imkd_models.convention import TurnedHead, mirrored
 from imkd_models.fusion import ConcatFuser, GatedFuser, TimeReduction, build_fuser
 from imkd_models.head import CentreHead, LossOptions, detection_loss
-from imkd_models.lidar import LidarStages
+from imkd_models.lidar import LidarStages, voxel_map
 from imkd_models.outputs import Outputs
 from imkd_models.radar import BevRadarEncoder, CalibrationBlock, PerspectiveRadarEncoder
 from imkd_models.radar_points import PointRadarEncoder
@@ -115,6 +115,8 @@ class StudentDetector(Detector):
     def __init__(self, config: StudentConfig, *, pretrained: bool = True) -> None:
         super().__init__(config)
         c = config
+        if c.depth_net == "lidar_points":
+            raise RecipeError("depth_net lidar_points reads LiDAR, which a student never does", next="depth_net=linear")
         self.sensors = tuple(name for name, on in (("camera", c.camera), ("radar", c.radar)) if on)
         self.perspective = c.assisted
         if c.camera:
@@ -252,20 +254,14 @@ class FusionDetector(Detector):
     def __init__(self, config: FusionConfig, *, pretrained: bool = True) -> None:
         super().__init__(config)
         c, camera = config, config.student
-        self.lidar = LidarStages(c.lidar)
-        self.lidar_map = conv_norm_relu(self.lidar.neck.out_channels, c.lidar_channels)
+        self.lidar: nn.Module = LidarStages(c.lidar) if c.lidar_neck else voxel_map(c.lidar)
+        self.lidar_map = conv_norm_relu(self.lidar.neck.out_channels, c.lidar_channels) if c.lidar_neck else None
         self.camera = CameraBranch(camera, radar_assisted=False, pretrained=pretrained)
         fuser = GatedFuser if c.fuser == "gated" else ConcatFuser
         self.fuser = fuser(("bev_camera", "bev_lidar"), (camera.camera_channels, c.lidar_channels), c.fused_channels)
         trunk = camera.with_values(fused_channels=c.fused_channels)
         self.trunk = build_trunk(trunk)
-        self.head = CentreHead(
-            self.trunk.neck.out_channels,
-            groups=c.groups,
-            shared_channels=camera.head_shared,
-            branch_channels=camera.head_branch,
-            float32=camera.head_float32,
-        )
+        self.head = build_head(camera.with_values(groups=c.groups), self.trunk.neck.out_channels)
         size = self.grid.shape
         shapes = {"bev_lidar": (c.lidar_channels, *size), "bev_camera": (camera.camera_channels, *size)}
         if c.fuser == "gated":
@@ -277,10 +273,16 @@ class FusionDetector(Detector):
         check_grid(self.grid, batch)
         need(batch, "lidar", "images_BTVCHW", "image_from_camera_BTV33", "bev_from_camera_BTV44")
         camera, count = self.config.student, len(batch)
+        turned = camera.convention != "bev"
+        if turned:
+            batch = mirrored(batch, camera.mount_m[2])
         cells = frustum(batch.image_from_camera_BTV33[:, 0], batch.bev_from_camera_BTV44[:, 0], batch.bev_from_ego_B44, camera)
         seen, depth = self.camera.pooled(batch, 0, self.camera.encode(batch, 0), cells)
-        maps = {"bev_lidar": self.lidar_map(self.lidar(batch.lidar, count)["bev_neck"]), "bev_camera": seen}
+        lidar = self.lidar(batch.lidar, count)
+        maps = {"bev_lidar": lidar if self.lidar_map is None else self.lidar_map(lidar["bev_neck"]), "bev_camera": seen}
         maps.update(self.fuser(maps))
         maps.update(self.trunk(maps["bev_fused"]))
+        if turned:
+            maps = {name: x.flip(-2) for name, x in maps.items()}
         head = self.head(maps["bev_neck"])
         return Outputs(features=maps, head=head, grid=self.grid, depth_BVDHW=depth.unflatten(0, (count, -1)))

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from imkd_data.errors import InputDataError, MismatchError, UsageError
-from imkd_models.config import CRN_PARITY, LabelConfig, LidarConfig, ModelConfig, StudentConfig
+from imkd_models.config import CRN_PARITY, FusionConfig, LabelConfig, LidarConfig, ModelConfig, StudentConfig
 from imkd_models.keymap import Rule, public_key, read_public
 from imkd_models.keyrules import (
     BEVDEPTH,
@@ -24,6 +24,7 @@ from imkd_models.keyrules import (
     CENTERPOINT_VOXEL,
     CHANGES,
     CRKD,
+    CRKD_TEACHER,
     CRN,
     LABELDISTILL_LABEL,
     LABELDISTILL_LIDAR,
@@ -33,6 +34,7 @@ from imkd_models.presets import (
     build_model,
     centerpoint_pillar_config,
     crkd_r50_config,
+    crkd_teacher_config,
     crn_r18_config,
     crn_r50_config,
     voxel_config,
@@ -122,29 +124,44 @@ def _from_distillation(state: Mapping[str, Tensor]) -> bool:
     return any(key.startswith("encoders_student.") for key in state)
 
 
+_SWIN_KEY = "camera.backbone.patch_embed.projection.weight"
+_BEVFUSION_PARITY = frozenset({"cell_index:trunc", "frustum:linspace_edges"})
+
+
+def _crkd_image(state: Mapping[str, Tensor], prefix: str, topdown_channels: int) -> dict[str, Any]:
+    """Backbone and image neck of a CRKD network, from its keys."""
+    if f"{prefix}.{_SWIN_KEY}" not in state:
+        return {}
+    what = "CRKD network with Swin-T and GeneralizedLSSFPN"
+    _shape(state, f"{prefix}.camera.neck.lateral_convs.0.conv.weight", 4, what)
+    return {"backbone": "swin_tiny", "image_neck": "topdown", "fpn_channels": topdown_channels}
+
+
 def _crkd_config(state: Mapping[str, Tensor]) -> StudentConfig:
     prefix = "encoders_student" if _from_distillation(state) else "encoders"
     if any(key.startswith(f"{prefix}.lidar.") for key in state):
         raise InputDataError(
-            "this is a LiDAR-camera teacher of CRKD, and only its camera-radar students are imported",
+            "this is a LiDAR-camera teacher of CRKD, not a student",
             expected=f"{prefix}.radar.*",
-            found=f"{prefix}.lidar.*: 0.075 m sparse voxels of 1440 x 1440 cells in x, y, z order",
-            next="train a teacher with `imkd train fusion_r50`",
-        )
-    if f"{prefix}.camera.backbone.patch_embed.projection.weight" in state:
-        raise InputDataError(
-            "CRKD's Swin-T networks are not imported",
-            expected="the ResNet-50 student",
-            found="mmdetection's Swin, whose neck reads three levels and whose window order differs from transformers'",
+            found=f"{prefix}.lidar.*",
+            next="imkd import --from crkd --part teacher",
         )
     _shape(state, f"{prefix}.camera.vtransform.depthnet.weight", 4, "CRKD student")
-    calibrated = f"{prefix}.radar.backbone.caliber.0.weight" in state
+    image = _crkd_image(state, prefix, 512)
     return crkd_r50_config(
-        calibration=calibrated,
+        name="crkd_swin_t" if image else "crkd_r50",
+        calibration=f"{prefix}.radar.backbone.caliber.0.weight" in state,
         radar_points_per_cell=20,
         convention="bevfusion",
-        parity=frozenset({"cell_index:trunc", "frustum:linspace_edges"}),
+        parity=_BEVFUSION_PARITY,
+        **image,
     )
+
+
+def _crkd_teacher_config(state: Mapping[str, Tensor]) -> FusionConfig:
+    _shape(state, "encoders.lidar.backbone.conv_input.0.weight", 5, "LiDAR-camera teacher of CRKD")
+    _shape(state, "encoders.camera.vtransform.depthnet.0.weight", 4, "LiDAR-camera teacher of CRKD")
+    return crkd_teacher_config(**_crkd_image(state, "encoders", 256))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +188,8 @@ def _centerpoint_rules(state: Mapping[str, Tensor]) -> list[Rule]:
     return CENTERPOINT_VOXEL if "pts_middle_encoder.conv_input.0.weight" in state else CENTERPOINT_PILLAR
 
 
+_CRKD_IMAGES = {"evaluation_scale": 0.48 / 0.44}  # 900x1600 to 432x768, of which 256x704 are cut; CRN: to 396x704
+_BEVFUSION_BUFFERS = r"encoders(_student)?\.camera\.(vtransform\.(dx|bx|nx|frustum)|backbone\..*\.relative_position_index)"
 _LSS_BUFFERS = r"model\.backbone\.(voxel_size|voxel_coord|voxel_num|frustum)"
 # LabelDistill's files hold all its networks; the adaptors exist in training only.
 _LABELDISTILL_PARTS = {"student": r"model\.(backbone|head)\..*", "lidar": r"model\.centerpoint\..*"}
@@ -222,12 +241,24 @@ SOURCES: dict[str, Source] = {
         rules=lambda state: CRKD[_from_distillation(state)],
         config=_crkd_config,
         ignored=(
-            r"encoders(_student)?\.camera\.vtransform\.(dx|bx|nx|frustum)",
+            _BEVFUSION_BUFFERS,
             r"encoders(_student)?\.radar\.backbone\.distill_activation_head\..*",
             r"fused_affinity_loss\..*",
         ),
-        summary="CRKD's R50 camera-radar student, alone or in a distillation file (github.com/Song-Jingyu/CRKD)",
-        loader={"radar_filter": "none", "radar_sweeps": 6},
+        summary="CRKD's camera-radar student, R50 or Swin-T, alone or in a distillation file (github.com/Song-Jingyu/CRKD); "
+        "--part teacher: its LiDAR-camera teacher",
+        loader={"radar_filter": "none", "radar_sweeps": 6, "augment": _CRKD_IMAGES},
+    ),
+    "crkd:teacher": Source(
+        rules=CRKD_TEACHER,
+        config=_crkd_teacher_config,
+        ignored=(
+            _BEVFUSION_BUFFERS,
+            r"(encoders|fuser|decoder|heads)_student\..*",
+            r"fused_affinity_loss\..*",
+        ),
+        summary="CRKD's LiDAR-camera teacher, R50 or Swin-T, alone or in a distillation file; needs spconv",
+        loader={"lidar_sweeps": 10, "augment": _CRKD_IMAGES},
     ),
     "centerpoint_mmdet3d": Source(
         rules=_centerpoint_rules,
@@ -297,11 +328,12 @@ def import_public(
     model = build_model(config, pretrained=False)
     import_state(name, state, model)
     used = {theirs for theirs, _ in public_keys(name, model, state).values()}
+    network = getattr(config, "student", config)  # a LiDAR-camera teacher keeps them with its camera side
     record = {
         "imported_from": name,
         "file_sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest(),
-        "convention": getattr(config, "convention", "bev"),
-        "parity": sorted(getattr(config, "parity", ())),
+        "convention": getattr(network, "convention", "bev"),
+        "parity": sorted(getattr(network, "parity", ())),
         "loader": dict(SOURCES[name].loader),
         "keys_of_other_networks": len(set(state) - used),
         "map": None,  # its own scores, filled in by an evaluation

@@ -16,6 +16,7 @@ __all__ = [
     "CENTERPOINT_VOXEL",
     "CHANGES",
     "CRKD",
+    "CRKD_TEACHER",
     "CRN",
     "LABELDISTILL_LABEL",
     "LABELDISTILL_LIDAR",
@@ -30,6 +31,15 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "plane": lambda x: x.transpose(2, 3) if x.dim() == 4 else x,
     # Sparse convolutions of spconv 1 and mmcv store (kernel, in, out), spconv 2 (out, kernel, in).
     "sparse": lambda x: x.permute(4, 0, 1, 2, 3) if x.dim() == 5 and _is_kernel_first(x) else x,
+    # BEVFusion's lie in x, y, z order (kernel, in, out), x along our rows; its points begin with x, y, ours with y, x.
+    "sparse_xyz": lambda x: x.permute(4, 2, 0, 1, 3) if x.dim() == 5 else x,
+    "sparse_xyz_points": lambda x: x.permute(4, 2, 0, 1, 3)[..., [1, 0, 2, 3, 4]] if x.dim() == 5 else x,
+    # mmdetection's Swin holds query, key and value in one layer.
+    "query": lambda x: x.chunk(3)[0],
+    "key": lambda x: x.chunk(3)[1],
+    "value": lambda x: x.chunk(3)[2],
+    # It merges patches channel by channel, (row, column) within; transformers patch by patch, (column, row).
+    "merge": lambda x: x.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2),
 }
 
 
@@ -156,26 +166,26 @@ BEVDEPTH: list[Rule] = [
 ]
 
 
-def _sparse(theirs: str) -> list[Rule]:
-    """mmdetection3d's SparseEncoder with basic blocks: layers 0 = conv_input, then three per stage, 12 = conv_out."""
-    rules: list[Rule] = []
-    for ours, name in ((0, "conv_input"), (12, "conv_out")):
-        rules += _sparse_conv(rf"lidar\.encoder\.layers\.{ours}", f"{theirs}.{name}")
+def _sparse(theirs: str, ours: str = r"lidar\.encoder\.layers", change: str = "sparse", points: str = "sparse") -> list[Rule]:
+    """mmdetection3d's SparseEncoder with basic blocks: layers 0 = conv_input, then three per stage, 12 = conv_out.
+    points: the change of the first one, which reads points."""
+    rules = _sparse_conv(rf"{ours}\.0", f"{theirs}.conv_input", points)
+    rules += _sparse_conv(rf"{ours}\.12", f"{theirs}.conv_out", change)
     for stage in range(4):
         layer = f"{theirs}.encoder_layers.encoder_layer{stage + 1}"
         for block in range(2):
-            mine = rf"lidar\.encoder\.layers\.{1 + 3 * stage + block}"
+            mine = rf"{ours}\.{1 + 3 * stage + block}"
             rules += [
-                (rf"{mine}\.convs\.(\d)\.(.*)", rf"{layer}.{block}.conv+\1.\2", "sparse"),
+                (rf"{mine}\.convs\.(\d)\.(.*)", rf"{layer}.{block}.conv+\1.\2", change),
                 (rf"{mine}\.norms\.(\d)\.(.*)", rf"{layer}.{block}.bn+\1.\2", ""),
             ]
         if stage < 3:
-            rules += _sparse_conv(rf"lidar\.encoder\.layers\.{3 + 3 * stage}", f"{layer}.2")
+            rules += _sparse_conv(rf"{ours}\.{3 + 3 * stage}", f"{layer}.2", change)
     return rules
 
 
-def _sparse_conv(ours: str, theirs: str) -> list[Rule]:
-    return [(rf"{ours}\.layer\.(.*)", rf"{theirs}.0.\1", "sparse"), (rf"{ours}\.norm\.(.*)", rf"{theirs}.1.\1", "")]
+def _sparse_conv(ours: str, theirs: str, change: str) -> list[Rule]:
+    return [(rf"{ours}\.layer\.(.*)", rf"{theirs}.0.\1", change), (rf"{ours}\.norm\.(.*)", rf"{theirs}.1.\1", "")]
 
 
 def _voxel(prefix: str) -> list[Rule]:
@@ -208,15 +218,51 @@ LABELDISTILL_LABEL: list[Rule] = [
 ]
 
 
-def _crkd(suffix: str) -> list[Rule]:
-    """CRKD's student; in a distillation file its names end in ``_student``."""
-    encoders, fuser, decoder, heads = (f"{name}{suffix}" for name in ("encoders", "fuser", "decoder", "heads"))
+def _swin(ours: str, theirs: str) -> list[Rule]:
+    """mmdetection's Swin with the maps of its last three stages; transformers 4 and 5 name the attention differently."""
+    block, their = rf"{ours}\.swin\.encoder\.layers\.(\d)\.blocks\.(\d+)", rf"{theirs}.stages.\1.blocks.\2"
+    merge = rf"{ours}\.swin\.encoder\.layers\.(\d)\.downsample"
+    rules: list[Rule] = [
+        (rf"{ours}\.swin\.embeddings\.patch_embeddings\.(.*)", rf"{theirs}.patch_embed.\1", ""),
+        (rf"{ours}\.swin\.embeddings\.norm\.(.*)", rf"{theirs}.patch_embed.norm.\1", ""),
+        (rf"{ours}\.hidden_states_norms\.stage2\.(.*)", rf"{theirs}.norm1.\1", ""),
+        (rf"{ours}\.hidden_states_norms\.stage3\.(.*)", rf"{theirs}.norm2.\1", ""),
+        (rf"{ours}\.hidden_states_norms\.stage4\.(.*)", rf"{theirs}.norm3.\1", ""),
+        (rf"{merge}\.reduction\.(.*)", rf"{theirs}.stages.\1.downsample.reduction.\2", "merge"),
+        (rf"{merge}\.norm\.(.*)", rf"{theirs}.stages.\1.downsample.norm.\2", "merge"),
+        (rf"{block}\.layernorm_before\.(.*)", rf"{their}.norm1.\3", ""),
+        (rf"{block}\.layernorm_after\.(.*)", rf"{their}.norm2.\3", ""),
+        (rf"{block}\.(?:mlp\.fc1|intermediate\.dense)\.(.*)", rf"{their}.ffn.layers.0.0.\3", ""),
+        (rf"{block}\.(?:mlp\.fc2|output\.dense)\.(.*)", rf"{their}.ffn.layers.1.\3", ""),
+        (rf"{block}\.attention\.(?:o_proj|output\.dense)\.(.*)", rf"{their}.attn.w_msa.proj.\3", ""),
+        (
+            rf"{block}\.attention\.(?:.*\.)?(relative_position_bias_table|relative_position_index)",
+            rf"{their}.attn.w_msa.\3",
+            "",
+        ),
+    ]
+    for part in ("query", "key", "value"):
+        mine = rf"{block}\.attention\.(?:{part[0]}_proj|self\.{part})\.(.*)"
+        rules.append((mine, rf"{their}.attn.w_msa.qkv.\3", part))
+    return rules
+
+
+def _crkd_image(camera: str) -> list[Rule]:
+    """ResNet with SECONDFPN, or Swin with GeneralizedLSSFPN."""
     return [
-        *resnet_rules(r"camera\.image\.backbone", f"{encoders}.camera.backbone"),
-        *_neck(r"camera\.image\.neck", f"{encoders}.camera.neck", 1),
-        (r"camera\.depth\.both\.(.*)", rf"{encoders}.camera.vtransform.depthnet.\1", ""),
-        (r"radar\.layers\.(\d)\.(.*)", rf"{encoders}.radar.backbone.pts_voxel_encoder.rfn_layers.\1.\2", ""),
-        (r"calibration\.blocks\.(\d)\.(\d)\.(.*)", rf"{encoders}.radar.backbone.caliber.*\1+\2.\3", ""),
+        *_swin(r"camera\.image\.backbone", f"{camera}.backbone"),
+        *resnet_rules(r"camera\.image\.backbone", f"{camera}.backbone"),
+        *_neck(r"camera\.image\.neck", f"{camera}.neck", 1),
+        *[
+            (rf"camera\.image\.neck\.{ours}\.(\d)\.{i}\.(.*)", rf"{camera}.neck.{theirs}_convs.\1.{leaf}.\2", "")
+            for ours, theirs in (("lateral", "lateral"), ("smooth", "fpn"))
+            for i, leaf in enumerate(("conv", "bn"))
+        ],
+    ]
+
+
+def _crkd_rest(fuser: str, decoder: str, heads: str) -> list[Rule]:
+    return [
         (r"fuser\.gates\.(\d)\.(.*)", rf"{fuser}.input_conv_sensor_+\1.\2", ""),
         (r"fuser\.mix\.(.*)", rf"{fuser}.output_fuser_conv_norm.\1", ""),
         (r"trunk\.stages\.(\d)\.(\d)\.norm(\d)\.(.*)", rf"{decoder}.backbone.\1.\2.bn\3.\4", ""),
@@ -229,4 +275,24 @@ def _crkd(suffix: str) -> list[Rule]:
     ]
 
 
+def _crkd(suffix: str) -> list[Rule]:
+    """CRKD's student; in a distillation file its names end in ``_student``."""
+    encoders = f"encoders{suffix}"
+    return [
+        *_crkd_image(f"{encoders}.camera"),
+        (r"camera\.depth\.both\.(.*)", rf"{encoders}.camera.vtransform.depthnet.\1", ""),
+        (r"radar\.layers\.(\d)\.(.*)", rf"{encoders}.radar.backbone.pts_voxel_encoder.rfn_layers.\1.\2", ""),
+        (r"calibration\.blocks\.(\d)\.(\d)\.(.*)", rf"{encoders}.radar.backbone.caliber.*\1+\2.\3", ""),
+        *_crkd_rest(f"fuser{suffix}", f"decoder{suffix}", f"heads{suffix}"),
+    ]
+
+
 CRKD: dict[bool, list[Rule]] = {False: _crkd(""), True: _crkd("_student")}
+CRKD_TEACHER: list[Rule] = [
+    *_crkd_image("encoders.camera"),
+    (r"camera\.depth\.points\.(.*)", r"encoders.camera.vtransform.dtransform.\1", ""),
+    (r"camera\.depth\.both\.(.*)", r"encoders.camera.vtransform.depthnet.\1", ""),
+    (r"camera\.refine\.(.*)", r"encoders.camera.vtransform.downsample.\1", ""),
+    *_sparse("encoders.lidar.backbone", r"lidar\.layers", "sparse_xyz", "sparse_xyz_points"),
+    *_crkd_rest("fuser", "decoder", "heads"),
+]

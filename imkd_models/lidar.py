@@ -20,7 +20,7 @@ from imkd_models.config import LidarConfig
 from imkd_models.convention import map_from_network, map_to_network, near_sensor, network_grid, points_to_network
 from imkd_models.pooling import pillar_max, pillar_mean
 
-__all__ = ["LidarStages", "PillarEncoder", "ResidualStages", "finer"]
+__all__ = ["LidarStages", "PillarEncoder", "ResidualStages", "finer", "voxel_map"]
 
 
 def finer(grid: BevGrid, k: int) -> BevGrid:
@@ -125,6 +125,13 @@ class ResidualStages(nn.Module):
             x = checkpoint(stage, x, use_reentrant=False, context_fn=again) if use else stage(x)
             maps.append(x)
         return maps[1:]
+
+
+def voxel_map(config: LidarConfig) -> nn.Module:
+    """The voxel encoder alone: points -> (B, 256, Y, X) on the head grid, in the axes of the points. Needs spconv."""
+    from imkd_models.voxel import VoxelEncoder
+
+    return VoxelEncoder(config, finer(config.grid, config.pillars_per_cell))
 
 
 def _recomputing(stage: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

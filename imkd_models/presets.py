@@ -12,6 +12,7 @@ from imkd_data.geometry import BevGrid
 from imkd_models.config import CRN_PARITY, FusionConfig, LabelConfig, LidarConfig, ModelConfig, StudentConfig
 from imkd_models.detector import Detector, FusionDetector, LidarDetector, StudentDetector
 from imkd_models.label import LabelEncoder
+from imkd_models.presets_crkd import crkd_r50_config, crkd_swin_t_config, crkd_teacher_config
 
 __all__ = [
     "CONFIGS",
@@ -115,33 +116,6 @@ def bevdepth_r50_config(**changes: Any) -> StudentConfig:
         fuser="none",
         fused_channels=80,
         time_fusion="concat",
-    )
-    return base.with_values(**changes)
-
-
-def crkd_r50_config(**changes: Any) -> StudentConfig:
-    """CRKD's camera-radar student, ResNet-50, 256x704, one keyframe, 180x180 cells of 0.6 m."""
-    base = StudentConfig(
-        name="crkd_r50",
-        grid=BevGrid(x_min_m=-54.0, y_min_m=-54.0, cell_m=0.6, nx=180, ny=180),
-        history=(0,),
-        stride_px=8,
-        depth_min_m=1.0,
-        depth_step_m=1.0,
-        depth_bins=59,
-        depth_net="linear",
-        view="frustum",
-        z_range_m=(-10.0, 10.0),
-        radar_encoder="points",
-        radar_states=True,
-        radar_channels=256,
-        calibration=True,
-        fuser="gated",
-        fused_channels=256,
-        trunk="bevfusion",
-        trunk_base=128,
-        head_float32=False,
-        depth_weight=0.0,
     )
     return base.with_values(**changes)
 
@@ -277,6 +251,8 @@ _FUNCTIONS: tuple[Callable[..., ModelConfig], ...] = (
     swin_t_config,
     bevdepth_r50_config,
     crkd_r50_config,
+    crkd_swin_t_config,
+    crkd_teacher_config,
     tiny_config,
     centerpoint_pillar_config,
     pillar_r34_config,
@@ -330,6 +306,16 @@ def bevdepth_r50(**changes: Any) -> StudentDetector:
 def crkd_r50(**changes: Any) -> StudentDetector:
     """Module of ``crkd_r50_config``."""
     return StudentDetector(crkd_r50_config(**changes))
+
+
+def crkd_swin_t(**changes: Any) -> StudentDetector:
+    """Module of ``crkd_swin_t_config``."""
+    return StudentDetector(crkd_swin_t_config(**changes))
+
+
+def crkd_teacher(**changes: Any) -> FusionDetector:
+    """Module of ``crkd_teacher_config``; raises UsageError where spconv is not installed."""
+    return FusionDetector(crkd_teacher_config(**changes))
 
 
 def tiny(**changes: Any) -> StudentDetector:

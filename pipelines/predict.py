@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from imkd_models.decode import DecodeOptions, Detections
     from imkd_models.outputs import Outputs
 
-__all__ = ["Prediction", "detections_to_boxes", "predict_cache", "predict_rows", "predict_split", "stream_options"]
+__all__ = [
+    "Prediction",
+    "detections_to_boxes",
+    "predict_cache",
+    "predict_rows",
+    "predict_split",
+    "predict_variants",
+    "stream_options",
+]
 
 Progress = Callable[[int, int], None]
 # Fields that a sensor's branch reads; nothing else is computed or opened.
@@ -39,8 +47,9 @@ _PART_OF_SENSOR = {"camera": "images", "radar": "radar_points", "lidar": "lidar_
 def stream_options(model: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:
     """What ``imkd_data.stream`` must be asked for so that ``model`` sees what it was trained on, without augmentation.
 
-    Radar filter and numbers of sweeps come from the run that made the checkpoint (``meta["run"]``).
+    Radar filter, numbers of sweeps and image scale come from the run that made the checkpoint (``meta["run"]``).
     """
+    from imkd_data.loader.augment import IDENTITY
     from pipelines.networks import STATE_FEATURES
 
     sensors = model_sensors(model)
@@ -57,11 +66,12 @@ def stream_options(model: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:
         options["radar_features"] = STATE_FEATURES
     if "camera" in sensors:
         options["image_hw_px"] = tuple(camera.image_hw_px)
+    scale = float(dict(loader.get("augment") or {}).get("evaluation_scale", 1.0))
     return options | {
         "fields": tuple(dict.fromkeys(parts)),
         "history": tuple(getattr(config, "history", (0,))),
         "grid": config.grid,
-        "augment": None,
+        "augment": replace(IDENTITY, evaluation_scale=scale),
     }
 
 
@@ -131,8 +141,36 @@ def predict_rows(
     progress: Progress | None = None,
     **overrides: Any,
 ) -> Iterator[Prediction]:
-    """Predictions of rows in the given order. ``change`` alters each batch before the network sees it (robustness protocol);
-    ``overrides`` replace entries of ``stream_options``."""
+    """Predictions of rows in the given order. ``change`` alters each batch before the network sees it; ``overrides``
+    replace entries of ``stream_options``."""
+    changes = (change or _unchanged,)
+    options: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers, **overrides}
+    for _, found in predict_variants(
+        model, cache, rows, meta, changes, decode_options=decode_options, progress=progress, **options
+    ):
+        yield found
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch
+
+
+def predict_variants(
+    model: nn.Module,
+    cache: Cache | MemoryCache,
+    rows: Sequence[int] | np.ndarray,
+    meta: Mapping[str, Any],
+    changes: Sequence[Callable[[Batch], Batch]],
+    *,
+    device: str = "cpu",
+    batch_size: int = 1,
+    workers: int = 0,
+    decode_options: DecodeOptions | None = None,
+    progress: Progress | None = None,
+    **overrides: Any,
+) -> Iterator[tuple[int, Prediction]]:
+    """(number of the change, prediction) under several changes of the same batches (robustness protocol): every batch is read
+    and decoded once for all of them."""
     import torch
 
     from imkd_data.loader.stream import stream
@@ -152,20 +190,23 @@ def predict_rows(
     rule = decode_options or getattr(model, "decode_options", None) or DecodeOptions()
     done = 0
     model.eval()
-    for batch in batches:
-        batch = change(batch) if change is not None else batch
-        with torch.inference_mode():
-            outputs = model(batch)
-            found = decode(outputs.head, outputs.grid, rule)
-        bev_from_ego, poses = batch.bev_from_ego_B44.cpu().numpy(), batch.global_from_ego_B44.cpu().numpy()
-        for i, token in enumerate(batch.tokens):
-            if batch.padding_B is not None and bool(batch.padding_B[i]):
-                continue
-            boxes = detections_to_boxes(found[i], bev_from_ego[i])
-            yield Prediction(
-                token=token, boxes=boxes, global_from_ego=_pose(poses[i]), batch=batch, outputs=outputs, position=i
-            )
-            done += 1
+    for plain in batches:
+        real = [i for i in range(len(plain)) if plain.padding_B is None or not bool(plain.padding_B[i])]
+        for number, change in enumerate(changes):
+            batch = change(plain)
+            with torch.inference_mode():
+                outputs = model(batch)
+                found = decode(outputs.head, outputs.grid, rule)
+            bev_from_ego, poses = batch.bev_from_ego_B44.cpu().numpy(), batch.global_from_ego_B44.cpu().numpy()
+            for i in real:
+                boxes, pose = detections_to_boxes(found[i], bev_from_ego[i]), _pose(poses[i])
+                yield (
+                    number,
+                    Prediction(
+                        token=batch.tokens[i], boxes=boxes, global_from_ego=pose, batch=batch, outputs=outputs, position=i
+                    ),
+                )
+        done += len(real)
         if progress is not None:
             progress(done, len(rows))
 

@@ -36,10 +36,11 @@ _BEV_STREAM, _IMAGE_STREAM, _TURN_STREAM, _RADAR_STREAM = 1, 2, 3, 4
 class AugmentConfig:
     """Ranges of the draws. ``enabled`` false is evaluation: centre crop, identity BEV.
 
-    image_scale: factor on the evaluation scale max(h / H, w / W); CRN's 0.386..0.55 of 900x1600 -> 256x704 is
-    0.877..1.25 of 0.44. image_flip, flip_x, flip_y: probabilities. rotation_deg, bev_scale: uniform ranges.
-    image_rotation_deg: per camera (BEVDepth: +-5.4, CRN: 0). radar_drop: share of radar returns left out;
-    radar_sweeps_kept: so many of the used sweeps, drawn without replacement, 0 = all (CRN: 0.1 and 5 of 6).
+    image_scale: factor on the least scale that fills the image, max(h / H, w / W); CRN's 0.386..0.55 of 900x1600 -> 256x704
+    is 0.877..1.25 of 0.44. evaluation_scale: that factor in evaluation (CRN: 1; CRKD: 0.48 / 0.44). image_flip, flip_x,
+    flip_y: probabilities. rotation_deg, bev_scale: uniform ranges. image_rotation_deg: per camera (BEVDepth: +-5.4, CRN: 0).
+    radar_drop: share of radar returns left out; radar_sweeps_kept: so many of the used sweeps, drawn without replacement,
+    0 = all (CRN: 0.1 and 5 of 6).
     """
 
     enabled: bool = True
@@ -52,6 +53,7 @@ class AugmentConfig:
     image_rotation_deg: tuple[float, float] = (0.0, 0.0)
     radar_drop: float = 0.0
     radar_sweeps_kept: int = 0
+    evaluation_scale: float = 1.0
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -176,7 +178,7 @@ def draw_images(
     out = []
     for (u_scale, u_left, u_flip), turn in zip(rng.random((cameras, 3)).tolist(), turns.tolist(), strict=True):
         low, high = config.image_scale
-        scale = base * (low + (high - low) * u_scale) if config.enabled else base
+        scale = base * (low + (high - low) * u_scale if config.enabled else config.evaluation_scale)
         resized_w, resized_h = round(full_w * scale), round(full_h * scale)
         spare = max(0, resized_w - width)
         out.append(

@@ -3,11 +3,14 @@ LabelDistill, CRKD) without looking at the key maps. Tensors lie on the meta dev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from imkd_data.geometry import BevGrid
 
 State = dict[str, Tensor]
 
@@ -201,24 +204,55 @@ def labeldistill() -> State:
     return {**bevdepth(5, 150, 300), **n.state, **centerpoint_voxel("model.centerpoint.")}
 
 
-def crkd_student(suffix: str = "", *, calibrated: bool = False) -> State:
-    """CRKD's R50 camera-radar student; suffix ``_student`` in a distillation file."""
-    n = Names()
-    camera, radar = f"encoders{suffix}.camera", f"encoders{suffix}.radar.backbone"
+def swin_tiny(n: Names, prefix: str) -> None:
+    """mmdetection's Swin with the maps of its last three stages."""
+    n.conv(f"{prefix}.patch_embed.projection", 96, 3, 4, 4, bias=True)
+    layer_norm(n, f"{prefix}.patch_embed.norm", 96)
+    for stage, (depth, heads) in enumerate(((2, 3), (2, 6), (6, 12), (2, 24))):
+        width = 96 * 2**stage
+        for block in range(depth):
+            name = f"{prefix}.stages.{stage}.blocks.{block}"
+            layer_norm(n, f"{name}.norm1", width)
+            n.put(f"{name}.attn.w_msa.relative_position_bias_table", 169, heads)
+            n.put(f"{name}.attn.w_msa.relative_position_index", 49, 49)
+            n.linear(f"{name}.attn.w_msa.qkv", 3 * width, width)
+            n.linear(f"{name}.attn.w_msa.proj", width, width)
+            layer_norm(n, f"{name}.norm2", width)
+            n.linear(f"{name}.ffn.layers.0.0", 4 * width, width)
+            n.linear(f"{name}.ffn.layers.1", width, 4 * width)
+        if stage < 3:
+            layer_norm(n, f"{prefix}.stages.{stage}.downsample.norm", 4 * width)
+            n.linear(f"{prefix}.stages.{stage}.downsample.reduction", 2 * width, 4 * width, bias=False)
+        if stage > 0:
+            layer_norm(n, f"{prefix}.norm{stage}", width)
+
+
+def layer_norm(n: Names, name: str, width: int) -> None:
+    n.put(f"{name}.weight", width)
+    n.put(f"{name}.bias", width)
+
+
+def level_neck(n: Names, prefix: str, out: int) -> None:
+    """BEVFusion's GeneralizedLSSFPN over Swin's last three maps."""
+    for i, inner in enumerate((192 + out, 384 + 768)):
+        for kind, width, kernel in (("lateral_convs", inner, 1), ("fpn_convs", out, 3)):
+            n.conv(f"{prefix}.{kind}.{i}.conv", out, width, kernel, kernel)
+            n.norm(f"{prefix}.{kind}.{i}.bn", out)
+
+
+def crkd_image(n: Names, camera: str, out: int, *, swin: bool) -> None:
+    """Backbone and neck of ``out`` channels at stride 8."""
+    if swin:
+        swin_tiny(n, f"{camera}.backbone")
+        level_neck(n, f"{camera}.neck", out)
+        return
     resnet50(n, f"{camera}.backbone")
-    kinds = [("conv", 256, 128, 2), ("deconv", 512, 128, 1), ("deconv", 1024, 128, 2), ("deconv", 2048, 128, 4)]
-    second_fpn(n, f"{camera}.neck", kinds)
-    for name, shape in (("dx", (3,)), ("bx", (3,)), ("nx", (3,)), ("frustum", (59, 32, 88, 3))):
-        n.put(f"{camera}.vtransform.{name}", *shape)
-    n.conv(f"{camera}.vtransform.depthnet", 59 + 80, 512, 1, 1, bias=True)
-    for i in range(4):
-        n.linear(f"{radar}.pts_voxel_encoder.rfn_layers.{i}.linear", 256, 47 if i == 0 else 256, bias=False)
-        n.norm(f"{radar}.pts_voxel_encoder.rfn_layers.{i}.norm", 256)
-    if calibrated:
-        for i in (0, 3, 6):
-            n.conv(f"{radar}.caliber.{i}", 256, 256, 3, 3, bias=True)
-            n.norm(f"{radar}.caliber.{i + 1}", 256)
-        n.conv(f"{radar}.distill_activation_head.0", 1, 256, 1, 1)
+    kinds = (("conv", 256, 2), ("deconv", 512, 1), ("deconv", 1024, 2), ("deconv", 2048, 4))
+    second_fpn(n, f"{camera}.neck", [(kind, inner, out // 4, kernel) for kind, inner, kernel in kinds])
+
+
+def crkd_rest(n: Names, suffix: str) -> None:
+    """Gated fuser, decoder and head."""
     fuser = f"fuser{suffix}"
     n.conv(f"{fuser}.input_conv_sensor_1", 80, 336, 3, 3, bias=True)
     n.conv(f"{fuser}.input_conv_sensor_2", 256, 336, 3, 3, bias=True)
@@ -235,4 +269,75 @@ def crkd_student(suffix: str = "", *, calibrated: bool = False) -> State:
     for name in ("fuse.1", "fuse.4", "upsample.2"):
         n.norm(f"{neck}.{name}", 256)
     centre_head(n, f"heads{suffix}.object", 256)
+
+
+def crkd_student(suffix: str = "", *, calibrated: bool = False, swin: bool = False) -> State:
+    """CRKD's camera-radar student; suffix ``_student`` in a distillation file."""
+    n = Names()
+    camera, radar = f"encoders{suffix}.camera", f"encoders{suffix}.radar.backbone"
+    crkd_image(n, camera, 512, swin=swin)
+    for name, shape in (("dx", (3,)), ("bx", (3,)), ("nx", (3,)), ("frustum", (59, 32, 88, 3))):
+        n.put(f"{camera}.vtransform.{name}", *shape)
+    n.conv(f"{camera}.vtransform.depthnet", 59 + 80, 512, 1, 1, bias=True)
+    for i in range(4):
+        n.linear(f"{radar}.pts_voxel_encoder.rfn_layers.{i}.linear", 256, 47 if i == 0 else 256, bias=False)
+        n.norm(f"{radar}.pts_voxel_encoder.rfn_layers.{i}.norm", 256)
+    if calibrated:
+        for i in (0, 3, 6):
+            n.conv(f"{radar}.caliber.{i}", 256, 256, 3, 3, bias=True)
+            n.norm(f"{radar}.caliber.{i + 1}", 256)
+        n.conv(f"{radar}.distill_activation_head.0", 1, 256, 1, 1)
+    crkd_rest(n, suffix)
     return n.state
+
+
+def crkd_teacher(*, swin: bool = False, bins: int = 118, value: Any = None) -> State:
+    """CRKD's LiDAR-camera teacher. Sparse weights lie as (x, y, z, in, out)."""
+    n = Names(value)
+    camera, lidar = "encoders.camera", "encoders.lidar.backbone"
+    crkd_image(n, camera, 256, swin=swin)
+    for name, shape in (("dx", (3,)), ("bx", (3,)), ("nx", (3,)), ("frustum", (bins, 32, 88, 3))):
+        n.put(f"{camera}.vtransform.{name}", *shape)
+    for i, inner, out, kernel in ((0, 1, 8, 1), (3, 8, 32, 5), (6, 32, 64, 5)):
+        n.conv(f"{camera}.vtransform.dtransform.{i}", out, inner, kernel, kernel, bias=True)
+        n.norm(f"{camera}.vtransform.dtransform.{i + 1}", out)
+    for i, inner in ((0, 320), (3, 256)):
+        n.conv(f"{camera}.vtransform.depthnet.{i}", 256, inner, 3, 3, bias=True)
+        n.norm(f"{camera}.vtransform.depthnet.{i + 1}", 256)
+    n.conv(f"{camera}.vtransform.depthnet.6", bins + 80, 256, 1, 1, bias=True)
+    for i in (0, 3, 6):
+        n.conv(f"{camera}.vtransform.downsample.{i}", 80, 80, 3, 3)
+        n.norm(f"{camera}.vtransform.downsample.{i + 1}", 80)
+    n.put(f"{lidar}.conv_input.0.weight", 3, 3, 3, 5, 16)
+    n.norm(f"{lidar}.conv_input.1", 16)
+    for stage, width in enumerate((16, 32, 64, 128), start=1):
+        layer = f"{lidar}.encoder_layers.encoder_layer{stage}"
+        for block in range(2):
+            for k in (1, 2):
+                n.put(f"{layer}.{block}.conv{k}.weight", 3, 3, 3, width, width)
+                n.norm(f"{layer}.{block}.bn{k}", width)
+        if stage < 4:
+            n.put(f"{layer}.2.0.weight", 3, 3, 3, width, 2 * width)
+            n.norm(f"{layer}.2.1", 2 * width)
+    n.put(f"{lidar}.conv_out.0.weight", 1, 1, 3, 128, 128)
+    n.norm(f"{lidar}.conv_out.1", 128)
+    crkd_rest(n, "")
+    return n.state
+
+
+def public_boxes(head_maps: Any, sample: int, grid: BevGrid) -> list[list[float]]:
+    """CenterPointBBoxCoder of BEVFusion: rows are x_L; boxes x, y, z, w, l, h, rot, vx, vy with score and label place.
+    head_maps: per class group {branch: (B, C, X, Y)}; ``grid`` in bev, symmetric in y."""
+    out = []
+    for group, maps in enumerate(head_maps):
+        score = torch.sigmoid(maps["heatmap"][sample])
+        for k in range(score.shape[0]):
+            for row in range(grid.ny):
+                for column in range(grid.nx):
+                    at = {n: m[sample, :, row, column].tolist() for n, m in maps.items()}
+                    x = (row + at["reg"][0]) * grid.cell_m - grid.y_max_m
+                    y = (column + at["reg"][1]) * grid.cell_m + grid.x_min_m
+                    size = [math.exp(v) for v in at["dim"]]
+                    rot = math.atan2(*at["rot"])
+                    out.append([x, y, at["height"][0], *size, rot, *at["vel"], float(score[k, row, column]), group, k])
+    return out

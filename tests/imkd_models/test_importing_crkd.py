@@ -7,15 +7,17 @@ import math
 import pytest
 import torch
 from batches import make_batch
-from public_names import crkd_student
+from public_names import crkd_student, public_boxes
 from torch import nn
 
 from imkd_data.errors import InputDataError, MismatchError, RecipeError
 from imkd_data.geometry import BevGrid
+from imkd_data.loader.augment import draw_images
 from imkd_models.detector import StudentDetector
 from imkd_models.head import DecodeOptions, decode
 from imkd_models.importing import SOURCES, import_state
 from imkd_models.presets import build_model, crkd_r50_config
+from pipelines.predict import stream_options
 
 GRID = BevGrid(x_min_m=-6.15, y_min_m=-9.6, cell_m=0.6, nx=24, ny=32)  # x off-centre, y symmetric
 
@@ -26,10 +28,9 @@ def on_meta(state: dict):
         return config, build_model(config, pretrained=False)
 
 
-@pytest.mark.parametrize("calibrated", [False, True])
-@pytest.mark.parametrize("suffix", ["", "_student"])
-def test_crkd_files_fit(suffix, calibrated):
-    state = crkd_student(suffix, calibrated=calibrated)
+@pytest.mark.parametrize(("suffix", "calibrated", "swin"), [("", False, False), ("_student", True, False), ("", True, True)])
+def test_crkd_files_fit(suffix, calibrated, swin):
+    state = crkd_student(suffix, calibrated=calibrated, swin=swin)
     if suffix:  # the file of a distillation also holds the teacher and the relation adapters
         state |= {"encoders.lidar.backbone.conv_input.0.weight": torch.empty(16, 3, 3, 3, 5, device="meta")}
         state |= {"heads.object.shared_conv.conv.weight": torch.empty(64, 256, 3, 3, device="meta")}
@@ -51,14 +52,29 @@ def test_crkd_files_fit(suffix, calibrated):
 
 def test_what_is_not_imported_says_why():
     teacher = {"encoders.lidar.backbone.conv_input.0.weight": torch.zeros(1)}
-    with pytest.raises(InputDataError, match="only its camera-radar students"):
+    with pytest.raises(InputDataError, match="--part teacher"):
         SOURCES["crkd"].config(teacher)
-    with pytest.raises(InputDataError, match="Swin-T"):
-        SOURCES["crkd"].config({"encoders.camera.backbone.patch_embed.projection.weight": torch.zeros(1)})
+    student = crkd_student(swin=True)
+    with pytest.raises(InputDataError, match="no LiDAR-camera teacher of CRKD"):
+        SOURCES["crkd:teacher"].config(student)
+    student.pop("encoders.camera.neck.lateral_convs.0.conv.weight")
+    with pytest.raises(InputDataError, match="GeneralizedLSSFPN"):
+        SOURCES["crkd"].config(student)
     with pytest.raises(InputDataError, match="this is no CRKD student"):
         SOURCES["crkd"].config({"encoders.camera.backbone.conv1.weight": torch.zeros(1)})
     with pytest.raises(RecipeError, match="symmetric in y"):
         crkd_r50_config(convention="bevfusion", grid=BevGrid(x_min_m=-6.0, y_min_m=-9.0, cell_m=0.6, nx=24, ny=32))
+
+
+def test_evaluation_scales_images_as_published():
+    """0.48 of 900x1600, cut at the lower edge; everybody else's images just fill the width (0.44)."""
+    model, size = small(), {"full_hw_px": (900, 1600), "image_hw_px": (256, 704), "cameras": 1}
+    for loader, expected in ((SOURCES["crkd"].loader, (768, 432, 32, 176)), ({"radar_sweeps": 6}, (704, 396, 0, 140))):
+        options = stream_options(model, {"run": {"loader": dict(loader)}})
+        draw = draw_images(options["augment"], **size, seed=0, epoch=0, position=0)[0]
+        assert (draw.resized_w_px, draw.resized_h_px, draw.left_px, draw.top_px) == expected
+        assert options["radar_sweeps"] == 6 and not draw.flip
+    assert SOURCES["crkd:teacher"].loader["augment"] == SOURCES["crkd"].loader["augment"]
 
 
 def small() -> StudentDetector:
@@ -145,23 +161,6 @@ def radar_map(model: StudentDetector, batch, height: float) -> torch.Tensor:
     return canvas
 
 
-def public_boxes(head_maps, sample: int) -> list[list[float]]:
-    """CenterPointBBoxCoder of BEVFusion: rows are x_L; boxes x, y, z, w, l, h, rot, vx, vy with score and label place."""
-    out = []
-    for group, maps in enumerate(head_maps):
-        score = torch.sigmoid(maps["heatmap"][sample])
-        for k in range(score.shape[0]):
-            for row in range(GRID.ny):
-                for column in range(GRID.nx):
-                    at = {n: m[sample, :, row, column].tolist() for n, m in maps.items()}
-                    x = (row + at["reg"][0]) * 0.6 - GRID.y_max_m
-                    y = (column + at["reg"][1]) * 0.6 + GRID.x_min_m
-                    size = [math.exp(v) for v in at["dim"]]
-                    rot = math.atan2(*at["rot"])
-                    out.append([x, y, at["height"][0], *size, rot, *at["vel"], float(score[k, row, column]), group, k])
-    return out
-
-
 def test_decoded_boxes_equal_those_of_the_network_in_its_own_axes():
     model, batch = small(), make_batch(GRID, boxes=14)
     height = model.config.mount_m[2]
@@ -179,7 +178,7 @@ def test_decoded_boxes_equal_those_of_the_network_in_its_own_axes():
     torch.testing.assert_close(outputs.features["bev_fused"], fused.flip(-2), atol=1e-4, rtol=1e-4)
     options = DecodeOptions(nms="none", per_sample=60, per_group=60, candidates=60, margin_m=100)
     found = decode(outputs.head, GRID, options)[1]
-    public = sorted(public_boxes(head, 1), key=lambda b: -b[9])
+    public = sorted(public_boxes(head, 1, GRID), key=lambda b: -b[9])
     assert len(found) == 60
     for i in range(60):
         score = float(found.score[i])
