@@ -116,6 +116,57 @@ def test_command_lines_are_understood(page: Path) -> None:
             pytest.fail(f"{page.name}: {shlex.join(words)}: {error.format_message()}")
 
 
+def settings() -> set[str]:
+    """Names that ``--set`` can reach: of runs, networks, methods and recipes."""
+    from dataclasses import fields
+
+    from imkd_data.loader.augment import AugmentConfig
+    from imkd_data.recipe import Recipe
+    from imkd_models.distill import METHODS
+    from imkd_models.presets import CONFIGS
+    from pipelines.run import LoaderConfig, OptimConfig, Run
+
+    classes: list[Any] = [AugmentConfig, Recipe, LoaderConfig, OptimConfig, Run, *CONFIGS.values()]
+    names = {f.name for cls in classes for f in fields(cls)}
+    return names | {name for method in METHODS.values() for name in method.options.defaults()} | {"preset"}
+
+
+def options_in(text: str) -> Iterator[tuple[str, str]]:
+    """(name, value) of ``--set name=value`` anywhere and of `name: value` or `name=value` in code spans; ``name="text"`` is
+    Python and not meant."""
+    yield from re.findall(r"--set ([\w.]+)=([^\s`]+)", text)
+    for span in re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)):
+        yield from re.findall(r"^([a-z_][\w.]*)(?:: |=)([^\s\"]+)$", span)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *ALSO], ids=lambda p: p.stem)
+def test_options_that_a_page_names_exist(page: Path) -> None:
+    from imkd_models.config import CRN_PARITY
+
+    known = settings()
+    for name, value in options_in(page.read_text()):
+        assert f"{name}:{value}" in CRN_PARITY or name.split(".")[-1] in known, f"{page.name}: {name}={value}"
+
+
+def test_the_guard_sees_an_option_that_is_gone() -> None:
+    text = 'Use `ego_frame: mean_camera`, `--set optim.no_such=1`, `frame="lidar"`.'
+    assert list(options_in(text)) == [("optim.no_such", "1"), ("ego_frame", "mean_camera")]
+    assert not {"ego_frame", "no_such"} & settings()
+
+
+def test_the_register_of_defects_is_the_code() -> None:
+    """Every parity option stands in exactly one row of CRN's table, and every row's option exists."""
+    from cli.data import group as data
+    from imkd_models.config import CRN_PARITY
+
+    table = (DOCS / "defects.md").read_text().split("## CRKD")[0]
+    options = [row.rsplit("|", 2)[1] for row in table.splitlines() if re.match(r"\| \d+ \|", row)]
+    named = re.findall(r"`([^`]+)`", " ".join(options))
+    assert sorted(n.replace(": ", ":") for n in named if n != "--as-released") == sorted(CRN_PARITY)
+    flags = {flag for option in data.commands["export"].params for flag in option.opts}
+    assert named.count("--as-released") == 4 and "--as-released" in flags
+
+
 def test_export_commands_of_the_page_run(workplace: Path) -> None:
     from cli.data import group
     from cli.main import run_group
