@@ -14,7 +14,7 @@ import torch
 from imkd_data.loader.batch import Batch
 from imkd_data.loader.stream import Stream, stream
 from pipelines.machine import Machine, make_fabric
-from pipelines.networks import Networks, TrainUnit, build_networks, stream_values, use_cached_teachers
+from pipelines.networks import Networks, Sealed, TrainUnit, build_networks, stream_values, use_cached_teachers
 from pipelines.optimise import Ema, make_optimiser
 from pipelines.run import Run
 from pipelines.sampling import is_listed, virtual_rows
@@ -115,7 +115,7 @@ def measure_steps(
         t0 = now()
         batch = next(batches)
         t1 = now()
-        terms = unit(batch)
+        terms = unit(Sealed(batch))
         t2 = now()
         fabric.backward(sum(terms.values()))
         t3 = now()

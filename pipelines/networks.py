@@ -25,7 +25,7 @@ from pipelines.run import Run
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
 
-__all__ = ["Networks", "TrainUnit", "build_networks", "stream_values", "use_cached_teachers"]
+__all__ = ["Networks", "Sealed", "TrainUnit", "build_networks", "stream_values", "use_cached_teachers"]
 
 STATE_FEATURES = ("rcs_dbsm", "dyn_prop", "ambig_state", "invalid_state", "pdh0")
 
@@ -50,12 +50,23 @@ class Networks:
         return self.config.grid
 
 
+class Sealed:
+    """A batch that Fabric passes on untouched. Under mixed precision it would convert every argument: it refuses frozen
+    values, and places and times must stay float32 anyway. Autocast converts what a layer may take in half precision."""
+
+    __slots__ = ("batch",)
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+
 class TrainUnit(nn.Module):
     """Network and distiller in one module, so that distributed training synchronises both; teachers stay outside.
 
-    ``forward(batch)`` -> weighted loss terms by log name. ``expect(batches)`` before the first of several micro-batches of
-    a step: detection and depth losses are then normalised by the counts of all of them, as in one large batch. Normalisers
-    of a distillation method stay those of a micro-batch, because some follow from network outputs.
+    ``forward(batch)`` -> weighted loss terms by log name; once Fabric has wrapped the unit, it is given ``Sealed(batch)``.
+    ``expect(batches)`` before the first of several micro-batches of a step: detection and depth losses are then normalised
+    by the counts of all of them, as in one large batch. Normalisers of a distillation method stay those of a micro-batch,
+    because some follow from network outputs.
     """
 
     def __init__(self, networks: Networks) -> None:
@@ -82,8 +93,9 @@ class TrainUnit(nn.Module):
         with nullcontext() if self._counts is None else self._counts.given():
             return dict(loss(outputs, batch))
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, given: Batch | Sealed) -> dict[str, Tensor]:
         """Terms of the detection loss and of the method."""
+        batch = given.batch if isinstance(given, Sealed) else given
         outputs = self.model(batch)
         terms = self._loss(outputs, batch)
         if self.distiller is not None:

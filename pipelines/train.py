@@ -26,7 +26,7 @@ from imkd_models.checkpoint import load_checkpoint, save_checkpoint
 from pipelines.guard import StopSignals, agree, elsewhere, interrupted, lost_rank, non_finite_error, total
 from pipelines.machine import Machine, accumulation, make_fabric
 from pipelines.measure import loader_values
-from pipelines.networks import Networks, TrainUnit, build_networks, use_cached_teachers
+from pipelines.networks import Networks, Sealed, TrainUnit, build_networks, use_cached_teachers
 from pipelines.optimise import Ema, lr_factor, make_optimiser, synchronised
 from pipelines.resumable import check_resumable
 from pipelines.run import Run
@@ -244,7 +244,7 @@ class _Trainer:
             last = micro == self.accumulate - 1
             quiet = nullcontext() if last or self.world == 1 else self.fabric.no_backward_sync(unit)
             with quiet:
-                terms = unit(batch) if batch is not None else {}
+                terms = unit(Sealed(batch)) if batch is not None else {}
                 loss = sum(terms.values()) / self.accumulate if terms else torch.zeros(())
                 self._all_well(batch, terms, loss, trouble, step)
                 self.fabric.backward(loss)
