@@ -3,18 +3,21 @@
 The store keeps one folder per manifest, ``STORE/<sha256 of manifest.json>``, with the files under their own relative names.
 A file arrives under a dot name, is compared with the sha256 of its receipt (which the manifest seals), and is published by
 rename: what has its final name is whole. Evicted is only what was fetched, least recently opened first. No lock is taken:
-two workers that fetch the same shard publish equal bytes.
+a reader waits for a file that somebody else is fetching for as long as that one's dot name grows, and two that fetch the same
+shard after all publish equal bytes. Streams fetch ahead (``ahead.py``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
 import re
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +36,7 @@ T = TypeVar("T")
 DEFAULT_LIMIT = 200 * 2**30
 MARKER = ".imkd-store"
 ATTEMPTS = 5
+ATTEMPTS_AHEAD = 2  # then the read that needs the file tries, and raises
 READ_TIMEOUT_S = 60.0
 CHUNK = 1 << 20
 
@@ -120,11 +124,46 @@ def _publish(path: Path, data: bytes) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")
+        partial = _partial(path)
         partial.write_bytes(data)
         os.replace(partial, path)
     except OSError as error:
         raise storage_error(error, path) from error
+
+
+def _partial(path: Path) -> Path:
+    """A dot name for a file on its way; it says whose."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def _on_its_way(path: Path, silence_s: float) -> bool:
+    """Whether a living process is fetching this file: its dot name changed within ``silence_s``."""
+    for partial in path.parent.glob(f".{path.name}.*.partial"):
+        try:
+            os.kill(int(partial.name.split(".")[-3]), 0)
+            if time.time() - partial.stat().st_mtime < silence_s:
+                return True
+        except PermissionError:  # somebody else's process
+            return True
+        except (OSError, ValueError):  # gone, and its file with it or for good
+            continue
+    return False
+
+
+class _GivenUp(Exception):
+    """Fetching ahead ended before the file was here."""
+
+
+def _stopping(closed: threading.Event) -> Any:
+    """A callback of fsspec that ends a transfer at its next bytes once ``closed`` is set."""
+    from fsspec.callbacks import Callback
+
+    class Stopping(Callback):  # type: ignore[misc]
+        def relative_update(self, inc: int = 1) -> None:
+            if closed.is_set():
+                raise _GivenUp
+
+    return Stopping()
 
 
 def _pause(attempt: int) -> None:
@@ -156,15 +195,15 @@ class _Source:
                 f"no support for {protocol}:// is installed", found=str(error)[:200], next="pip install 'imkd[remote]'"
             ) from error
 
-    def _try(self, name: str, action: Callable[[], T]) -> T:
-        """Run ``action`` up to ATTEMPTS times; wrong bytes are retried too, they may be a proxy's."""
+    def _try(self, name: str, action: Callable[[], T], attempts: int = ATTEMPTS) -> T:
+        """Run ``action`` up to ``attempts`` times; wrong bytes are retried too, they may be a proxy's."""
         last: Exception | None = None
-        for attempt in range(ATTEMPTS):
+        for attempt in range(attempts):
             if attempt:
                 _pause(attempt)
             try:
                 return action()
-            except (UsageError, KeyboardInterrupt):
+            except (UsageError, KeyboardInterrupt, _GivenUp):
                 raise
             except Exception as error:  # every library has its own network errors
                 if isinstance(error, StorageError):  # our own disk
@@ -172,14 +211,14 @@ class _Source:
                 last = error
         if isinstance(last, CacheDamageError):
             raise CacheDamageError(
-                f"{last.what}, {ATTEMPTS} times",
+                f"{last.what}, {attempts} times",
                 **{**last.details, "file": f"{self.shown}/{name}", "next": "imkd-data verify at the source"},
             ) from last
         raise StorageError(
             "a file of the remote cache could not be read",
             rule="remote.read",
             file=f"{self.shown}/{name}",
-            expected=f"an answer within {ATTEMPTS} attempts",
+            expected=f"an answer within {attempts} attempts",
             found=f"{type(last).__name__}: {str(last)[:160]}",
             next="check the server, then run the same command again",
         ) from last
@@ -194,23 +233,17 @@ class _Source:
 
         return self._try(name, once)
 
-    def download(self, name: str, target: Path, *, size: int, sha256: str) -> None:
-        """A data file into ``target``, streamed to a dot name beside it, checked, renamed."""
+    def download(
+        self, name: str, partial: Path, *, size: int, sha256: str, attempts: int = ATTEMPTS, callback: Any = None
+    ) -> None:
+        """A data file, streamed into ``partial`` and checked."""
+        options = {} if callback is None else {"callback": callback}
 
         def once() -> None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")
-            try:
-                self.fs.get_file(f"{self.root}/{name}", str(partial))
-                _check_file(partial, name, size, sha256)
-                try:
-                    os.replace(partial, target)
-                except OSError as error:
-                    raise storage_error(error, target) from error
-            finally:
-                partial.unlink(missing_ok=True)
+            self.fs.get_file(f"{self.root}/{name}", str(partial), **options)
+            _check_file(partial, name, size, sha256)
 
-        self._try(name, once)
+        self._try(name, once, attempts)
 
 
 def _check_file(path: Path, name: str, size: int, sha256: str) -> None:
@@ -244,6 +277,7 @@ class RemoteCache(Cache):
     ) -> None:
         self.url, self.store, self.limit_bytes, self.timeout_s = url, store, limit_bytes, timeout_s
         self._source = source
+        self._room, self._coming_bytes = threading.Lock(), 0
         super().__init__(folder, own_fields)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -257,20 +291,69 @@ class RemoteCache(Cache):
         if found is not None:
             return found
         path = self._path(name, number)
-        if not path.is_file():
-            self._fetch(name, number, path)
-        os.utime(path)  # opened just now: evicted last
-        return super()._file(name, number)
+        while True:
+            try:
+                os.utime(path)  # opened just now: evicted last
+                return super()._file(name, number)
+            except FileNotFoundError:
+                if not self._fetch(name, number, path):
+                    time.sleep(0.02)
 
-    def _fetch(self, name: str, number: int, path: Path) -> None:
+    def size_of(self, name: str, number: int) -> int:
+        """Bytes of a field's shard."""
+        return int(self.manifest["fields"][name]["shards"][number][0])
+
+    def fetch_ahead(self, name: str, number: int, *, keep: Collection[tuple[str, int]], closed: threading.Event) -> None:
+        """Fetch a shard unless it is here, on its way, or has no room beside ``keep``. Ends soon after ``closed`` is set.
+        Raises as a read does, after fewer attempts."""
+        with contextlib.suppress(_GivenUp):
+            self._fetch(name, number, self._path(name, number), keep, closed)
+
+    def _fetch(
+        self,
+        name: str,
+        number: int,
+        path: Path,
+        keep: Collection[tuple[str, int]] = (),
+        closed: threading.Event | None = None,
+    ) -> bool:
+        """Fetch a shard; false if somebody else is at it or was."""
         size, _, _, seal = self.manifest["fields"][name]["shards"][number]
         relative = layout.receipt_path(Path(), name, number).as_posix()
-        receipt = parse_json(self._source.read(relative, _sealed(seal, relative)), Path(relative))
-        self._make_room(int(size))
-        self._source.download(str(path.relative_to(self.path)), path, size=int(size), sha256=receipt["sha256"])
+        partial = _partial(path)
+        ahead: dict[str, Any] = {} if closed is None else {"attempts": ATTEMPTS_AHEAD, "callback": _stopping(closed)}
+        try:
+            if not self._begun(path, partial, int(size), keep):
+                return False
+            try:
+                receipt = parse_json(self._source.read(relative, _sealed(seal, relative)), Path(relative))
+                source = str(path.relative_to(self.path))
+                self._source.download(source, partial, size=int(size), sha256=receipt["sha256"], **ahead)
+                os.replace(partial, path)
+            finally:
+                with self._room:
+                    self._coming_bytes -= int(size)
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            if isinstance(error, ImkdError):
+                raise
+            raise storage_error(error, path) from error
+        return True
 
-    def _make_room(self, needed: int) -> None:
-        """Remove the least recently opened shards until ``needed`` more bytes fit."""
+    def _begun(self, path: Path, partial: Path, size: int, keep: Collection[tuple[str, int]]) -> bool:
+        """Room for a file and the dot name that tells others to wait for it; false where another one stands there."""
+        with self._room:
+            if path.is_file() or _on_its_way(path, self.timeout_s):
+                return False
+            self._make_room(size + self._coming_bytes, keep)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.touch()
+            self._coming_bytes += size
+        return True
+
+    def _make_room(self, needed: int, keep: Collection[tuple[str, int]]) -> None:
+        """Remove the least recently opened shards until ``needed`` more bytes fit. With ``keep`` nothing of it goes, and
+        _GivenUp is raised where that is not enough."""
         files = []
         for name in self.fields:
             for number in range(len(self.shards)):
@@ -281,9 +364,13 @@ class RemoteCache(Cache):
                     continue
                 files.append((stat.st_mtime_ns, stat.st_size, (name, number), path))
         total = sum(size for _, size, _, _ in files)
+        if keep and sum(size for _, size, key, _ in files if key in keep) + needed > self.limit_bytes:
+            raise _GivenUp
         for _, size, key, path in sorted(files, key=lambda f: f[0]):
             if total + needed <= self.limit_bytes:
                 return
+            if key in keep:
+                continue
             path.unlink(missing_ok=True)  # open descriptors of other workers stay readable
             with self._lock:
                 self._files.pop(key, None)  # the descriptor closes with its last reader

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -82,6 +82,7 @@ class Order:
     shuffle: Shuffle = "global"
     shards: I64 | None = None
     block_shards: int = 4
+    _grouped: tuple[I64, I64, I64] | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.shuffle not in ("global", "block", "none"):
@@ -89,6 +90,10 @@ class Order:
         if self.shuffle == "block" and (self.shards is None or len(self.shards) != len(self.rows)):
             raise UsageError("block shuffle needs the shard of every row")
         object.__setattr__(self, "rows", np.asarray(self.rows, dtype=np.int64))
+        if self.shards is not None and len(self.shards):
+            counts = np.unique(self.shards, return_counts=True)[1]
+            entries = np.argsort(self.shards, kind="stable")  # entry numbers grouped by shard
+            object.__setattr__(self, "_grouped", (counts, entries, np.concatenate([[0], np.cumsum(counts)[:-1]])))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -103,11 +108,9 @@ class Order:
         return self.rows[self._block(epoch, position)]
 
     def _block(self, epoch: int, position: I64) -> I64:
-        assert self.shards is not None
-        shards, counts = np.unique(self.shards, return_counts=True)
-        entries = np.argsort(self.shards, kind="stable")  # entry numbers grouped by shard
-        first = np.concatenate([[0], np.cumsum(counts)[:-1]])
-        order = permuted(np.arange(len(shards)), len(shards), key64("shards", self.seed, epoch))
+        assert self._grouped is not None
+        counts, entries, first = self._grouped
+        order = permuted(np.arange(len(counts)), len(counts), key64("shards", self.seed, epoch))
         window_of = np.arange(len(order)) // self.block_shards
         sizes = np.bincount(window_of, weights=counts[order]).astype(np.int64)
         ends = np.cumsum(sizes)

@@ -5,6 +5,7 @@ What a batch is made of stands in ``work.py``, which also runs in the workers.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from imkd_data.cache.ahead import Ahead
+from imkd_data.cache.remote import RemoteCache
 from imkd_data.errors import ImkdError, NoProgressError, StorageError, UsageError
 from imkd_data.fields.lidar import z_from_code
 from imkd_data.geometry import BevGrid
@@ -157,6 +160,27 @@ class Stream:
 
     def _delivered(self, keys: Callable[[], Iterator[Key]]) -> Iterator[Batch]:
         source = Source(self.reader, self.order, self.batch_size, self.on_bad_sample == "skip")
+        with self._fetching(source, keys) as ahead:
+            for batch in self._batches(source, keys):
+                yield batch
+                if ahead is not None:
+                    ahead.advance()
+
+    @contextlib.contextmanager
+    def _fetching(self, source: Source, keys: Callable[[], Iterator[Key]]) -> Iterator[Ahead | None]:
+        """For a cache at a URL: the shards of the next batches, fetched meanwhile."""
+        if not isinstance(self.cache, RemoteCache):
+            yield None
+            return
+        per_shard = self.cache.recipe.rows_per_shard
+        shards = (list(dict.fromkeys((source.job(key).rows // per_shard).tolist())) for key in keys())
+        ahead = Ahead(self.cache, self.reader.fields, shards)
+        try:
+            yield ahead
+        finally:
+            ahead.close()
+
+    def _batches(self, source: Source, keys: Callable[[], Iterator[Key]]) -> Iterator[Batch]:
         if self.workers:
             leave_if_started_by_a_stream()
         else:

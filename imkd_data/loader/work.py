@@ -124,10 +124,12 @@ def _sample(
     for row in rows:
         try:
             return row, reader.read(row, epoch=job.epoch, position=int(job.positions[i]), images=into)
-        except (CacheDamageError, InputDataError) as error:
-            if len(rows) == 1:
+        except ImkdError as error:
+            token = reader.cache.token(row)
+            error.details.setdefault("token", token)  # a disk or server that fails knows nothing of samples
+            if len(rows) == 1 or not isinstance(error, CacheDamageError | InputDataError):
                 raise
-            skipped.append((reader.cache.token(row), f"{type(error).__name__}: {error.what}"))
+            skipped.append((token, f"{type(error).__name__}: {error.what}"))
             last = error
     raise CacheDamageError(
         f"{MOST_SKIPS} samples in a row are damaged",

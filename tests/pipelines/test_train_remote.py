@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import pickle
-import threading
-import time
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from disk_cache import disk_cache
+from file_server import Server
 from toy_training import toy_run
 
 from imkd_data import open_cache
@@ -31,53 +29,13 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return disk_cache(tmp_path_factory.mktemp("remote"))
 
 
-class Server:
-    """A file server on loopback. ``faults``: part of a path -> list of what the next requests meet."""
-
-    def __init__(self, root: Path) -> None:
-        self.faults: dict[str, list[str]] = {}
-        self.asked: list[str] = []
-        outer = self
-
-        class Handler(SimpleHTTPRequestHandler):
-            def __init__(self, *a: Any) -> None:
-                super().__init__(*a, directory=str(root))
-
-            def log_message(self, *a: Any) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                outer.asked.append(self.path)
-                fault = next((v.pop(0) for k, v in outer.faults.items() if k in self.path and v), None)
-                if fault is None:
-                    return super().do_GET()
-                data = (root / self.path.lstrip("/")).read_bytes()
-                if fault in ("500", "503", "404"):
-                    return self.send_error(int(fault))
-                if fault == "stall":
-                    time.sleep(3)
-                if fault == "corrupt":
-                    data = data[:100] + bytes([data[100] ^ 4]) + data[101:]
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                if fault == "short":
-                    data = data[: len(data) // 2]
-                self.wfile.write(data)
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-
 @pytest.fixture
 def server(local: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     pytest.importorskip("aiohttp")
     monkeypatch.setattr(remote, "_pause", lambda attempt: None)  # no waiting between attempts
     made = Server(local)
     yield made
-    made.http.shutdown()
-    made.http.server_close()
+    made.close()
 
 
 def test_reads_equal_the_local_cache_and_files_come_once(local: Path, server: Server, tmp_path: Path) -> None:
