@@ -141,7 +141,10 @@ def bench_loader(cache: Path, dataroot: Path | None, seconds: float, batch_size:
     """Samples per second of the stream against loaders of other kinds on the same data."""
     from pipelines.bench_loader import loader_table, run_loader_bench
 
-    offsets = tuple(int(v) for v in history.split(","))
+    try:
+        offsets = tuple(int(v) for v in history.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{history!r} is no list such as 0,-2,-4,-6", param_hint="--history") from None
     facts = run_loader_bench(cache, dataroot, seconds=seconds, batch_size=batch_size, history=offsets)
     click.echo(json.dumps(facts) if as_json else loader_table(facts))
 

@@ -17,32 +17,39 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from imkd_data.errors import MissingFeatureError, UsageError
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.augment import IDENTITY, ImageDraw, draw_images
-from imkd_data.loader.read import decode_image
+from imkd_data.loader.batch import Batch
+from imkd_data.loader.read import Packed, decode_image
 from imkd_data.loader.stream import stream
 from imkd_data.loader.work import Source
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
+    from imkd_data.sample import Reader
 
 __all__ = ["loader_table", "run_loader_bench"]
 
 HW = (256, 704)
 
 
-def _rate(make: Callable[[], Iterator[int]], seconds: float) -> float:
-    """Samples per second of CPU time of an iterator of sample counts, started again when it ends; the first batch is not
+# A sample as rows, webdataset and litdata give it: "token", then by name the JPEGs (decoded or as bytes) and the arrays.
+Sample = dict[str, Any]
+
+
+def _rate(make: Callable[[], Iterator[Batch | Packed | Sample]], seconds: float) -> float:
+    """Samples per second of CPU time of an iterator of batches or samples, started again when it ends; the first is not
     counted. CPU time, because all candidates run on one thread of this process and other work must not blur ratios."""
     done, it = 0, make()
     next(it)
     begun = time.process_time()
     while (spent := time.process_time() - begun) < seconds:
-        count = next(it, None)
-        if count is None:
+        got = next(it, None)
+        if got is None:
             it = make()
-            continue
-        done += count
+        else:
+            done += 1 if isinstance(got, dict) else len(got.tokens)
     return done / spent
 
 
@@ -59,11 +66,14 @@ def run_loader_bench(
     dataroot: raw tree for the baseline that decodes whole JPEGs with PIL and projects LiDAR points on the fly, as public
     code bases do; once more with the ten-sweep intensity map that the stream delivers too. "worker's part" is the stream
     without what a GPU does itself (normalisation, depth maps); cores are counted from it. Candidates whose package is not
-    installed are listed as absent.
+    installed are listed as absent. Raises MissingFeatureError where the cache lacks a field that all of them read, UsageError
+    where there is no reader for the data set, SourceMissingError where its raw tree is not at ``dataroot``.
     """
     from imkd_data import open_cache
 
     opened = open_cache(cache) if isinstance(cache, str | Path) else cache
+    _check(opened)
+    raw = None if dataroot is None else _reader(opened, Path(dataroot))
     torch.set_num_threads(1)
     images = tuple(p for p in ("images", "depth", "radar_points", "boxes", "lidar_intensity"))
     rates: dict[str, float | None] = {}
@@ -84,10 +94,10 @@ def run_loader_bench(
             _write_litdata(opened, Path(folder) / "litdata")
             rates["litdata, random order"] = _rate(lambda: _litdata(Path(folder) / "litdata", _draw(opened)), seconds)
             rates["litdata, random order, without images"] = _rate(lambda: _litdata(Path(folder) / "litdata", None), seconds)
-    if dataroot is not None:
+    if raw is not None:
         for name, maps in (("decode and project on the fly", False), ("on the fly with intensity map", True)):
-            rates[name] = _rate(lambda maps=maps: _on_the_fly(opened, Path(dataroot), len(history), maps), seconds)  # type: ignore[misc]
-    for package in ("litdata", "mosaicml-streaming"):
+            rates[name] = _rate(lambda maps=maps: _on_the_fly(opened, raw, len(history), maps), seconds)  # type: ignore[misc]
+    for package in ("webdataset", "litdata"):
         notes[package] = _installed(package) or "not installed"
     ratios = _ratios(rates)
     part = rates["stream, worker's part"] or 0.0
@@ -134,19 +144,42 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def _stream(cache: Cache, size: int, parts: Sequence[str], history: Sequence[int], *, augment: bool) -> Iterator[int]:
+def _check(cache: Cache) -> None:
+    missing = [n for n in ("images", "radar_points", *_TAR_FIELDS) if n not in cache.fields]
+    if missing:
+        raise MissingFeatureError(
+            f"the cache has no {', '.join(missing)}",
+            next=f"imkd-data build --out {cache.path} --fields {','.join(missing)} --update (with the --dataroot of the build)",
+        )
+
+
+def _reader(cache: Cache, dataroot: Path) -> Reader:
+    from imkd_data.readers import READERS
+
+    recipe = cache.recipe
+    if recipe.dataset not in READERS:
+        raise UsageError(
+            "there is no reader for this cache's raw data",
+            expected=", ".join(READERS),
+            found=recipe.dataset,
+            next="no --dataroot",
+        )
+    return READERS[recipe.dataset](dataroot, recipe.version, sensors=recipe.sensors, reference_channel=recipe.reference_channel)
+
+
+def _stream(cache: Cache, size: int, parts: Sequence[str], history: Sequence[int], *, augment: bool) -> Iterator[Batch]:
     size = min(size, len(cache.rows()))
     made = stream(
         cache, size, split="all", fields=parts, history=history, augment=augment, image_hw_px=HW, grid=cache.recipe.view_grid
     )
-    return (len(batch) for batch in made)
+    return iter(made)
 
 
-def _workers_part(cache: Cache, size: int, parts: Sequence[str], history: Sequence[int]) -> Iterator[int]:
+def _workers_part(cache: Cache, size: int, parts: Sequence[str], history: Sequence[int]) -> Iterator[Packed]:
     """What a loader process does for a training batch (augmented): packed bytes, nothing normalised."""
     made = stream(cache, min(size, len(cache.rows())), split="all", fields=parts, history=history, augment=True, image_hw_px=HW)
     source = Source(made.reader, made.order, made.batch_size)
-    return (len(source.packed((0, step * made.batch_size)).tokens) for step in range(len(made)))
+    return (source.packed((0, step * made.batch_size)) for step in range(len(made)))
 
 
 _TAR_FIELDS = ("lidar_intensity", "depth_points", "depth_count", "boxes", "camera_calibration")
@@ -176,29 +209,35 @@ def _draw(cache: Cache) -> ImageDraw:
     return draw_images(IDENTITY, full_hw_px=full, image_hw_px=HW, cameras=1, seed=0, epoch=0, position=0)[0]
 
 
-def _rows(cache: Cache, *, images: bool) -> Iterator[int]:
+def _rows(cache: Cache, *, images: bool) -> Iterator[Sample]:
     """The same fields as in the tar, in random order, every byte checked; JPEGs decoded by the stream's decoder."""
     draw, rows = _draw(cache), cache.rows()
     for row in np.random.default_rng(0).permutation(rows).tolist():
-        for data in cache.read("images", row).values():
-            if images:
-                decode_image(data, draw)
+        sample: Sample = {"token": cache.token(row)}
+        for name, data in cache.read("images", row).items():
+            sample[f"{name.lower()}.jpg"] = decode_image(data, draw) if images else data
         for field in (*_TAR_FIELDS, "radar_points"):
-            cache.read(field, row)
-        yield 1
+            sample[f"{field}.npy"] = cache.read(field, row)
+        yield sample
 
 
-def _webdataset(tar: Path, draw: ImageDraw | None) -> Iterator[int]:
+def _decoded(members: Mapping[str, Any], token: str, draw: ImageDraw | None) -> Sample:
+    """JPEGs by the stream's decoder where ``draw`` is given, arrays by NumPy."""
+    sample: Sample = {"token": token}
+    for key, value in members.items():
+        if key.endswith(".jpg"):
+            sample[key] = value if draw is None else decode_image(value, draw)
+        elif key.endswith(".npy"):
+            sample[key] = np.load(io.BytesIO(value), allow_pickle=False)
+    return sample
+
+
+def _webdataset(tar: Path, draw: ImageDraw | None) -> Iterator[Sample]:
     import webdataset
 
     # our own decoders and a plain file: nothing in the tar is executed
     for sample in webdataset.WebDataset(str(tar), shardshuffle=False):
-        for key, value in sample.items():
-            if key.endswith(".jpg") and draw is not None:
-                decode_image(value, draw)
-            elif key.endswith(".npy"):
-                np.load(io.BytesIO(value), allow_pickle=False)
-        yield 1
+        yield _decoded(sample, sample["__key__"], draw)
 
 
 def _write_litdata(cache: Cache, folder: Path) -> None:
@@ -207,7 +246,8 @@ def _write_litdata(cache: Cache, folder: Path) -> None:
 
     writer = BinaryWriter(str(folder), chunk_bytes="64MB")
     for number, row in enumerate(cache.rows().tolist()):
-        sample: dict[str, Any] = {f"{n.lower()}.jpg": bytes(data) for n, data in cache.read("images", row).items()}
+        sample: Sample = {f"{n.lower()}.jpg": bytes(data) for n, data in cache.read("images", row).items()}
+        sample["token"] = cache.token(row)
         for field in (*_TAR_FIELDS, "radar_points"):
             buffer = io.BytesIO()
             np.save(buffer, cache.read(field, row), allow_pickle=False)
@@ -217,29 +257,18 @@ def _write_litdata(cache: Cache, folder: Path) -> None:
     writer.merge(1)
 
 
-def _litdata(folder: Path, draw: ImageDraw | None) -> Iterator[int]:
+def _litdata(folder: Path, draw: ImageDraw | None) -> Iterator[Sample]:
     from litdata import StreamingDataset
 
     for sample in StreamingDataset(str(folder), shuffle=True):
-        for key, value in sample.items():
-            if key.endswith(".jpg") and draw is not None:
-                decode_image(value, draw)
-            elif key.endswith(".npy"):
-                np.load(io.BytesIO(value), allow_pickle=False)
-        yield 1
+        yield _decoded(sample, sample["token"], draw)
 
 
-def _on_the_fly(cache: Cache, dataroot: Path, keyframes: int, intensity_map: bool) -> Iterator[int]:
+def _on_the_fly(cache: Cache, reader: Reader, keyframes: int, intensity_map: bool) -> Iterator[Sample]:
     """Own code, the usual way: whole JPEGs by PIL, resize, crop, normalise; LiDAR file to six cameras with NumPy; radar;
     with ``intensity_map`` also all sweeps into a map of sum, count and maximum."""
     from PIL import Image
 
-    from imkd_data.readers import READERS
-
-    recipe = cache.recipe
-    reader = READERS[recipe.dataset](
-        dataroot, recipe.version, sensors=recipe.sensors, reference_channel=recipe.reference_channel
-    )
     needs = frozenset(("images", "lidar" if intensity_map else "lidar_key", "radar"))
     grid = cache.recipe.view_grid
     for scene in dict.fromkeys(cache.index["scene"].to_pylist()):
@@ -247,8 +276,10 @@ def _on_the_fly(cache: Cache, dataroot: Path, keyframes: int, intensity_map: boo
             payload = reader.read(sample, needs)
             for data in (payload.images or {}).values():
                 for _ in range(keyframes):
-                    image = Image.open(io.BytesIO(data)).convert("RGB").resize((704, 396), Image.Resampling.BICUBIC)
-                    pixels = np.asarray(image.crop((0, 140, 704, 396)), dtype=np.float32)
+                    image = Image.open(io.BytesIO(data)).convert("RGB")
+                    scale = HW[1] / image.width
+                    image = image.resize((HW[1], max(HW[0], round(image.height * scale))), Image.Resampling.BICUBIC)
+                    pixels = np.asarray(image.crop((0, image.height - HW[0], *image.size)), dtype=np.float32)
                     (pixels - np.float32(120)) / np.float32(58)
             scans = payload.lidar or ()
             points = scans[0]
@@ -258,15 +289,17 @@ def _on_the_fly(cache: Cache, dataroot: Path, keyframes: int, intensity_map: boo
             for frame in sample.cameras:
                 pose = frame.camera.ego_from_camera.inverse() @ sample.lidar[0].ego_from_sensor
                 uv, depth = frame.camera.project(pose.points(points.xyz_m))
-                keep = (depth > 0) & (uv[:, 0] > 0) & (uv[:, 0] < 1600) & (uv[:, 1] > 0) & (uv[:, 1] < 900)
+                width, height = frame.camera.width_px, frame.camera.height_px
+                keep = (depth > 0) & (uv[:, 0] > 0) & (uv[:, 0] < width) & (uv[:, 1] > 0) & (uv[:, 1] < height)
                 canvas = np.zeros(HW, dtype=np.float32)
-                u, v = (uv[keep] * 0.44 - (0, 140)).T.astype(np.int64)
+                scale = HW[1] / width
+                u, v = (uv[keep] * scale - (0, height * scale - HW[0])).T.astype(np.int64)
                 inside = (u >= 0) & (u < HW[1]) & (v >= 0) & (v < HW[0])
                 canvas[v[inside], u[inside]] = depth[keep][inside]
             for channel, returns in (payload.radar or {}).items():
                 for sweep, scan in zip(sample.radar[channel], returns, strict=True):
                     sweep.ego_from_sensor.points(scan.xyz_m)
-            yield 1
+            yield {"token": sample.token}
 
 
 def _pillars(xyz_m: NDArray[np.float64], intensity: NDArray[Any], grid: BevGrid) -> None:
@@ -285,7 +318,7 @@ def loader_table(facts: Mapping[str, Any]) -> str:
     lines = [f"{'samples/s on one core':<42}"]
     lines += [f"  {name:<40}{rate:10.1f}" for name, rate in facts["samples_per_s"].items() if rate is not None]
     lines += [f"{name:<42}{value:9.2f}x" for name, value in facts["ratios"].items()]
-    lines += [f"{name:<42}{note:>10}" for name, note in facts["others"].items()]
+    lines += [f"{name:<38}{note:>14}" for name, note in facts["others"].items()]
     lines += [f"{'8 cores feed, samples/s':<42}{facts['samples_per_s_of_8_cores']:9.1f}"]
     lines += [f"cores for {name:<32}{value:10.1f}" for name, value in facts["cores_for"].items() if value is not None]
     return "\n".join(lines)
