@@ -23,6 +23,7 @@ __all__ = ["SUSPECT_SCENES", "SceneBuilder", "annotation_velocities"]
 SUSPECT_SCENES = frozenset({"scene-0499", "scene-0501", "scene-0502", "scene-0515", "scene-0517"})
 _MICROSECONDS = (10**15, 4 * 10**15)  # 2001 .. 2096: anything else is another unit
 _SWEEP_GAP_US = {"lidar": 150_000, "radar": 250_000}  # three nominal periods: longer is a gap worth a warning
+_GAP_BINS_S = (0.15, 0.25, 0.5, 1.0, 2.0)  # a long gap is told apart from many short ones
 _NORM_WARN, _NORM_BAD = 1e-3, 0.1
 
 
@@ -237,6 +238,7 @@ class SceneBuilder:
         t = self.t
         out = np.full((len(keys), self._count[channel]), -1, dtype=np.int64)
         out[:, 0] = keys
+        self._check_unit(scene, tokens, keys, channel)
         place = np.arange(len(keys))
         for k in range(1, out.shape[1]):
             here = out[place, k - 1]
@@ -251,9 +253,37 @@ class SceneBuilder:
             if not good.all():
                 i = int((~good).argmax())
                 raise self._broken_chain(scene, tokens[place[i]], channel, int(here[i]), int(previous[i]), bool(same[i]))
-            odd["sweep.gap"] += int((gap > _SWEEP_GAP_US.get(self._kind[channel], np.iinfo(np.int64).max)).sum())
+            self._count_gaps(gap, self._kind[channel], odd)
             out[place, k] = previous
         return out
+
+    def _check_unit(self, scene: int, tokens: list[str], rows: I64, channel: str) -> None:
+        """F20: seconds for microseconds, said before the order of such times can look like a loop."""
+        stamps = self.t.data_timestamp[rows]
+        wrong = np.flatnonzero((stamps <= _MICROSECONDS[0]) | (stamps >= _MICROSECONDS[1]))
+        if len(wrong):
+            i = int(wrong[0])
+            raise self._bad(
+                "time stamp is not in microseconds",
+                "time.unit",
+                scene,
+                expected="about 1.5e15",
+                found=f"{int(stamps[i])} in sample_data {self.t.token('data', int(rows[i]))}",
+                token=tokens[i],
+                channel=channel,
+                file="sample_data.json",
+            )
+
+    @staticmethod
+    def _count_gaps(gap_us: I64, kind: str, odd: Counter[str]) -> None:
+        """F20: all gaps above the limit, and a histogram of their lengths."""
+        if (limit := _SWEEP_GAP_US.get(kind)) is None or not (long := gap_us[gap_us > limit]).size:
+            return
+        odd["sweep.gap"] += long.size
+        edges = [limit / 1e6, *(e for e in _GAP_BINS_S if e > limit / 1e6), np.inf]
+        for low, high, count in zip(edges, edges[1:], np.histogram(long / 1e6, edges)[0].tolist(), strict=False):
+            where = f"{low:g} to {high:g} s" if high < np.inf else f"above {low:g} s"
+            odd[f"sweep.gap {kind} {where}"] += count
 
     def _broken_chain(self, scene: int, token: str, channel: str, here: int, previous: int, same: bool) -> InputDataError:
         t = self.t

@@ -397,6 +397,8 @@ def test_F20_times(tree: Tree) -> None:
     edit_data(tree, gap, prev=tree.data("LIDAR_TOP", 0)["token"])  # 0.3 s lost
     reader = tree.open(lidar_sweeps=10)
     assert len(reader.samples(SCENES[0])[1].lidar) == 3 and reader.warnings["sweep.gap"] == 1
+    lengths = {k: v for k, v in reader.warnings.items() if k.startswith("sweep.gap ")}
+    assert lengths == {"sweep.gap lidar 0.25 to 0.5 s": 1}
     row = tree.tables["sample"][1]
     good = row["timestamp"]
     edit_data(tree, row, timestamp=tree.tables["sample"][0]["timestamp"] - 5)
@@ -405,6 +407,10 @@ def test_F20_times(tree: Tree) -> None:
     refused(samples(tree), InputDataError, "time.unit", row["token"], "microseconds")
     edit_data(tree, row, timestamp=good * 1e-6)
     refused(tree.open, InputDataError, "table.column", "table sample", "timestamp", row["token"])
+    edit_data(tree, row, timestamp=good)
+    scan = tree.data("LIDAR_TOP", 1)
+    edit_data(tree, scan, timestamp=scan["timestamp"] // 10**6)  # of a scan: no loop, and no step back
+    refused(samples(tree), InputDataError, "time.unit", scan["token"], "LIDAR_TOP", "microseconds")
 
 
 @pytest.mark.parametrize("table", ["ego_pose", "calibrated_sensor"])
