@@ -96,9 +96,9 @@ def greedy_keep(suppresses: Tensor) -> Tensor:
 def circle_nms(xy_m: Tensor, valid: Tensor, radius_m: Tensor | float) -> Tensor:
     """Keep mask (..., N) for centres (..., N, 2) sorted by falling score; a box closer than radius_m to a better kept one
     goes."""
-    difference = xy_m[..., :, None, :] - xy_m[..., None, :, :]
+    x, y = (xy_m[..., :, None, i] - xy_m[..., None, :, i] for i in (0, 1))  # a sum over an axis of two is slow
     radius = torch.as_tensor(radius_m, device=xy_m.device, dtype=xy_m.dtype)[..., None, None]
-    close = (difference**2).sum(-1) <= radius**2
+    close = x * x + y * y <= radius**2
     return greedy_keep(close & valid[..., :, None] & valid[..., None, :]) & valid
 
 
