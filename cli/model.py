@@ -239,7 +239,7 @@ def evaluate(
     beside: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Score a checkpoint by the official nuScenes detection evaluation."""
+    """Score a checkpoint by the official nuScenes detection evaluation; networks run in float32, however they were trained."""
     if robustness:
         from cli.show import print_robustness
 
@@ -268,7 +268,7 @@ def evaluate(
 def predict(
     checkpoint: Path, dataroot: Path, version: str, split: str, out: Path, scenes: str | None, device: str, batch_size: int
 ) -> None:
-    """Boxes for a split of a nuScenes tree; opens no file that the checkpoint's sensors do not need."""
+    """Boxes for a split of a nuScenes tree, in float32; opens no file that the checkpoint's sensors do not need."""
     from pipelines.predict import predict_split
 
     names = tuple(s for s in (scenes or "").split(",") if s)

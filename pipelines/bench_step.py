@@ -79,7 +79,7 @@ def run_step_bench(
     from imkd_data import open_cache
     from pipelines.counting import counted
     from pipelines.machine import make_fabric
-    from pipelines.networks import TrainUnit, build_networks, use_cached_teachers
+    from pipelines.networks import Sealed, build_networks, place, use_cached_teachers
     from pipelines.optimise import make_optimiser
 
     if run.stages:
@@ -89,7 +89,7 @@ def run_step_bench(
     networks = build_networks(run, teachers, pretrained=False)
     if run.loader.cached_teachers:
         use_cached_teachers(networks, opened)
-    plain = TrainUnit(networks)
+    plain = place(networks, fabric.device)
     on_gpu = fabric.device.type == "cuda"
     spans = _Spans(on_gpu)
     for part, names in PARTS.items():
@@ -97,7 +97,6 @@ def run_step_bench(
             if name in names:
                 spans.watch(module, part)
     for name, teacher in networks.teachers.items():
-        teacher.to(fabric.device)
         spans.watch(teacher, f"teacher {name}")
     if networks.distiller is not None:
         spans.watch(networks.distiller, "distillation")
@@ -112,7 +111,7 @@ def run_step_bench(
         batch = next(batches)
         spans.leave()
         spans.enter("forward, rest")
-        terms = unit(batch)
+        terms = unit(Sealed(batch))
         spans.leave()
         spans.enter("backward")
         fabric.backward(sum(terms.values()))

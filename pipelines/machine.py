@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from imkd_data.errors import UsageError
 from imkd_data.loader.work import leave_if_started_by_a_stream
 from pipelines.run import Run
 
-__all__ = ["Machine", "accumulation", "bytes_from_text", "make_fabric"]
+__all__ = ["Machine", "accumulation", "bytes_from_text", "channels_last", "loss_scaler", "make_fabric"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,14 +51,35 @@ def make_fabric(run: Run, machine: Machine) -> Any:
     # A method may leave parts of the student without gradient (a partition, a switched-off term); plain networks do not.
     strategy: Any = DDPStrategy(find_unused_parameters=run.method is not None) if world > 1 else "auto"
     local = _env_int("LOCAL_WORLD_SIZE", 0) or devices
-    fabric = Fabric(accelerator=accelerator, devices=local, num_nodes=nodes, strategy=strategy, precision=run.precision)  # type: ignore[arg-type]
+    how: dict[str, Any] = {"precision": run.precision}
+    if run.precision == "16-mixed" and accelerator == "cpu":  # Fabric would train in bfloat16 instead, without a scaler
+        from lightning.fabric.plugins import MixedPrecision
+
+        how = {"plugins": MixedPrecision(precision="16-mixed", device="cpu")}
+    fabric = Fabric(accelerator=accelerator, devices=local, num_nodes=nodes, strategy=strategy, **how)
     fabric.launch()
+    if fabric.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # every convolution sees one shape for the whole run
     if machine.memory_limit is not None and fabric.device.type == "cuda":
         wanted = bytes_from_text(machine.memory_limit)
         total = torch.cuda.get_device_properties(fabric.device).total_memory
         if wanted < total:  # beyond it the allocator raises out-of-memory, whatever the card has
             torch.cuda.set_per_process_memory_fraction(wanted / total, fabric.device)
     return fabric
+
+
+def loss_scaler(fabric: Any) -> Any:
+    """The loss scaler (torch.amp.GradScaler) of 16-mixed; None in the other precisions."""
+    return getattr(fabric._precision, "scaler", None)
+
+
+def channels_last(module: nn.Module) -> nn.Module:
+    """Convolution weights in the order that tensor cores read, in place; maps follow them through the network. Names, shapes
+    and values stay, so checkpoints do not differ."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            layer.weight.data = layer.weight.data.to(memory_format=torch.channels_last)
+    return module
 
 
 def _env_int(name: str, default: int) -> int:

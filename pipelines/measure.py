@@ -14,7 +14,7 @@ import torch
 from imkd_data.loader.batch import Batch
 from imkd_data.loader.stream import Stream, stream
 from pipelines.machine import Machine, make_fabric
-from pipelines.networks import Networks, Sealed, TrainUnit, build_networks, stream_values, use_cached_teachers
+from pipelines.networks import Networks, Sealed, build_networks, place, stream_values, use_cached_teachers
 from pipelines.optimise import Ema, make_optimiser
 from pipelines.run import Run
 from pipelines.sampling import is_listed, virtual_rows
@@ -91,9 +91,7 @@ def measure_steps(
     networks = build_networks(run, teachers, pretrained=False)
     if run.loader.cached_teachers:
         use_cached_teachers(networks, cache)
-    for teacher in networks.teachers.values():
-        teacher.to(fabric.device)
-    plain = TrainUnit(networks)
+    plain = place(networks, fabric.device)
     unit, optimiser = fabric.setup(plain, make_optimiser(plain.model, plain.distiller, run.optim))
     unit.train()
     ema = Ema(plain.model, run.optim.ema) if run.optim.ema else None

@@ -20,12 +20,13 @@ from imkd_models.distill import FrozenTeacher, Method, check_needs, make_method
 from imkd_models.distill.base import Distiller
 from imkd_models.presets import build_model, config_from_dict, label_config_for
 from pipelines.cache_teacher import CachedTeacher
+from pipelines.machine import channels_last
 from pipelines.run import Run
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
 
-__all__ = ["Networks", "Sealed", "TrainUnit", "build_networks", "stream_values", "use_cached_teachers"]
+__all__ = ["Networks", "Sealed", "TrainUnit", "build_networks", "place", "stream_values", "use_cached_teachers"]
 
 STATE_FEATURES = ("rcs_dbsm", "dyn_prop", "ambig_state", "invalid_state", "pdh0")
 
@@ -149,6 +150,8 @@ def build_networks(run: Run, teachers: Mapping[str, Path | str] | None = None, *
         )
     _refuse_missing(method.name, wanted, given)
     frozen, hashes, metas = _load_teachers(given)
+    for teacher in frozen.values():
+        teacher.in_float32 = run.teacher_precision == "32-true"
     _check_label_teacher(metas, hashes)
     check_needs(method.needs_for(options), model, frozen)
     if method.prepare is not None:
@@ -208,6 +211,19 @@ def _label_networks(run: Run, config: LabelConfig, given: Mapping[str, Path | st
     torch.manual_seed(run.seed)
     model = build_model(fitting, teacher=teacher)
     return Networks(model=model, config=fitting, teacher_sha256={"lidar": digest}, kept={"teacher_lidar": teacher})
+
+
+def place(networks: Networks, device: torch.device) -> TrainUnit:
+    """Teachers on the device and, on a GPU, all convolutions channels last; what is trained, for Fabric to set up."""
+    teachers = networks.teachers.values()
+    if device.type == "cuda":
+        for module in (networks.model, *networks.kept.values(), *(t.network for t in teachers)):
+            channels_last(module)
+        if networks.distiller is not None:
+            channels_last(networks.distiller)
+    for teacher in teachers:
+        teacher.to(device)
+    return TrainUnit(networks)
 
 
 def use_cached_teachers(networks: Networks, cache: Cache) -> None:

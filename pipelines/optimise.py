@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from imkd_data.errors import UsageError
 from pipelines.run import OptimConfig
 
-__all__ = ["Ema", "lr_factor", "make_optimiser", "synchronised"]
+__all__ = ["Ema", "in_layout", "lr_factor", "make_optimiser", "synchronised"]
 
 
 def make_optimiser(model: nn.Module, distiller: nn.Module | None, config: OptimConfig) -> torch.optim.AdamW:
@@ -31,6 +31,14 @@ def make_optimiser(model: nn.Module, distiller: nn.Module | None, config: OptimC
         groups += [{**g, "factor": 1.0} for g in distiller.parameter_groups(config.weight_decay)]  # type: ignore[operator]
     groups = [g for g in groups if g["params"]]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def in_layout(optimiser: torch.optim.Optimizer) -> None:
+    """Moments that a checkpoint gave, in the memory layout of their parameters; else every step takes torch's slow way."""
+    for parameter, moments in optimiser.state.items():
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter).copy_(value)
 
 
 def lr_factor(config: OptimConfig, step: int, *, total_steps: int, steps_per_epoch: int) -> float:

@@ -25,6 +25,7 @@ __all__ = ["LoaderConfig", "OptimConfig", "Run", "parse_settings"]
 SCHEDULES = ("constant", "step", "cosine", "one_cycle")
 SAMPLINGS = ("uniform", "cbgs")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+TEACHER_PRECISIONS = ("32-true", "run")
 COUNTED = ("parameters", "modules", "macs", "sample_bytes")  # `imkd runs show` adds them; reading a configuration ignores them
 
 
@@ -86,6 +87,8 @@ class Run:
     as a ``Method`` of your own; the JSON form keeps its name, so resuming such a run needs the value again.
     batch_size: samples per device and step; global_batch: samples per optimiser step over all devices (0 = batch_size
     times devices; the difference is made up by accumulation). epochs or max_steps end the run (max_steps wins when set).
+    precision: of the trained network's layers; evaluation is float32 always. teacher_precision: frozen teachers run in float32,
+    as their stored maps were made, or (``run``) in the run's precision: faster, and another target by its rounding.
     sync_batchnorm: batch statistics over all GPUs. validate_every: steps between validations by the official metric,
     0 = never. checkpoint_every: steps, 0 = at the end of every epoch. baseline: checkpoint of the undistilled student, with
     which teachers are compared. stages: a run of several networks trains them in order; a stage named ``teacher``, ``label``
@@ -103,6 +106,7 @@ class Run:
     batch_size: int = 4
     global_batch: int = 0
     precision: str = "32-true"
+    teacher_precision: str = "32-true"
     sync_batchnorm: bool = False
     checkpoint_every: int = 0
     keep: int = 2
@@ -118,6 +122,7 @@ class Run:
         for key, value, allowed in (
             ("optim.schedule", self.optim.schedule, SCHEDULES),
             ("precision", self.precision, PRECISIONS),
+            ("teacher_precision", self.teacher_precision, TEACHER_PRECISIONS),
             ("loader.sampling", self.loader.sampling, SAMPLINGS),
             ("loader.shuffle", self.loader.shuffle, ("global", "block", "none")),
             ("loader.radar_filter", self.loader.radar_filter, ("none", "devkit", "crn")),

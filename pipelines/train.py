@@ -1,5 +1,9 @@
 """Training: one loop for every network, method and machine. Fabric places tensors; order, state and steps are ours.
 
+Precision: weights, averages, optimiser, losses, distillers, frozen teachers and everything that is a place or a time are
+float32 in every precision; ``bf16-mixed`` and ``16-mixed`` run the trained network's layers in half precision. A step that
+the loss scaler of 16-mixed skips is a step: schedule, data and averages go on, the weights stay.
+
 Exact resume: the random state of a step is a function of (seed, step, rank), the order of samples is arithmetic, and a
 checkpoint holds optimiser, averages and the stream's position. So a run killed anywhere and resumed gives the weights of
 the uninterrupted run, bit for bit on CPU.
@@ -24,9 +28,9 @@ from imkd_data.loader.order import key64
 from imkd_data.loader.stream import Stream, held_out_rows, stream
 from imkd_models.checkpoint import load_checkpoint, save_checkpoint
 from pipelines.guard import StopSignals, agree, elsewhere, interrupted, lost_rank, non_finite_error, total
-from pipelines.machine import Machine, accumulation, make_fabric
+from pipelines.machine import Machine, accumulation, loss_scaler, make_fabric
 from pipelines.measure import loader_values
-from pipelines.networks import Networks, Sealed, TrainUnit, build_networks, use_cached_teachers
+from pipelines.networks import Networks, Sealed, build_networks, place, use_cached_teachers
 from pipelines.optimise import Ema, lr_factor, make_optimiser, synchronised
 from pipelines.resumable import check_resumable
 from pipelines.run import Run
@@ -204,19 +208,17 @@ class _Trainer:
 
     def _set_up(self) -> tuple[Any, Any, Ema | None, int]:
         run = self.run
-        plain = self.plain = TrainUnit(self.networks)
+        plain = self.plain = place(self.networks, self.fabric.device)
         if run.sync_batchnorm:
             synchronised(plain, self.fabric.device, self.world)
         raw_optimiser = make_optimiser(plain.model, plain.distiller, run.optim)
-        for teacher in self.networks.teachers.values():
-            teacher.to(self.fabric.device)
         unit, optimiser = self.fabric.setup(plain, raw_optimiser)
         unit.train()
         ema = Ema(plain.model, run.optim.ema) if run.optim.ema else None
         first = 0
         if self.saved is not None:
             check_resumable(self.saved.meta["run"], self._config())
-            first = restore(self.saved, plain, raw_optimiser, ema, self.stream, getattr(self.fabric._precision, "scaler", None))
+            first = restore(self.saved, plain, raw_optimiser, ema, self.stream, loss_scaler(self.fabric))
         return unit, optimiser, ema, first
 
     def _step(
@@ -238,15 +240,17 @@ class _Trainer:
             group["lr"] = config.lr * factor * group["factor"]
         sums: dict[str, torch.Tensor] = {}
         micros = [self._next(batches) for _ in range(self.accumulate)]
-        self.plain.expect([b for b, _, _ in micros if b is not None])
-        for micro, (batch, pause, trouble) in enumerate(micros):
-            waited += pause
+        self._all_fed([t for _, _, t in micros if t is not None])
+        given = [b for b, _, _ in micros if b is not None]
+        self.plain.expect(given)
+        for micro, batch in enumerate(given):
+            waited += micros[micro][1]
             last = micro == self.accumulate - 1
             quiet = nullcontext() if last or self.world == 1 else self.fabric.no_backward_sync(unit)
             with quiet:
-                terms = unit(Sealed(batch)) if batch is not None else {}
-                loss = sum(terms.values()) / self.accumulate if terms else torch.zeros(())
-                self._all_well(batch, terms, loss, trouble, step)
+                terms = unit(Sealed(batch))
+                loss = sum(terms.values()) / self.accumulate
+                self._all_well(batch, terms, loss, step)
                 self.fabric.backward(loss)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value.detach() / self.accumulate
@@ -272,25 +276,25 @@ class _Trainer:
             return None, 0.0, error
         return batch, time.perf_counter() - begun, None
 
-    def _all_well(self, batch: Batch | None, terms: Any, loss: torch.Tensor, trouble: ImkdError | None, step: int) -> None:
-        bad = trouble is not None or not bool(torch.isfinite(loss.detach()))
-        if not agree(int(bad), self.fabric.device):
-            return
-        if trouble is not None:
-            raise trouble
-        if bad and batch is not None:
-            raise non_finite_error(batch, terms, step=step + 1, out=self.out, what="the loss")
-        raise elsewhere()
+    def _all_fed(self, troubles: list[ImkdError]) -> None:
+        """Trouble with data on any rank stops all of them here: later they would wait in the losses' own collectives."""
+        if agree(int(bool(troubles)), self.fabric.device):
+            raise troubles[0] if troubles else elsewhere()
 
-    def _clip(self, unit: Any, optimiser: Any, batch: Batch | None, step: int) -> float:
+    def _all_well(self, batch: Batch, terms: Any, loss: torch.Tensor, step: int) -> None:
+        bad = not bool(torch.isfinite(loss.detach()))
+        if agree(int(bad), self.fabric.device):
+            raise non_finite_error(batch, terms, step=step + 1, out=self.out, what="the loss") if bad else elsewhere()
+
+    def _clip(self, unit: Any, optimiser: Any, batch: Batch, step: int) -> float:
         if not self.run.optim.clip:
             return 0.0
         norm = self.fabric.clip_gradients(unit, optimiser, max_norm=self.run.optim.clip, error_if_nonfinite=False)
         value = float(norm)  # type: ignore[arg-type]
         if value != value or value == float("inf"):
-            if self.run.precision == "16-mixed":
-                return value  # the loss scaler skips this step and lowers its scale
-            assert batch is not None
+            scaler = loss_scaler(self.fabric)
+            if scaler is not None and scaler.get_scale() > 1:
+                return value  # the loss scaler skips this step and halves its scale; at 1 the gradient itself is not finite
             gradients = {
                 n: p.grad for n, p in unit.named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all())
             }
@@ -338,7 +342,7 @@ class _Trainer:
         state: dict[str, Any] = {"optimiser": optimiser.optimizer.state_dict(), "stream": self.stream.state_dict()}
         if ema is not None:
             state["raw"] = self.networks.model.state_dict()
-        scaler = getattr(self.fabric._precision, "scaler", None)
+        scaler = loss_scaler(self.fabric)
         if scaler is not None:
             state["scaler"] = scaler.state_dict()
         score = self._validated(step, ema)

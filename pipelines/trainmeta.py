@@ -12,7 +12,7 @@ from imkd_data.errors import UsageError
 from imkd_data.loader.stream import Stream
 from imkd_models.checkpoint import Checkpoint, load_checkpoint, load_weights
 from pipelines.networks import TrainUnit
-from pipelines.optimise import Ema
+from pipelines.optimise import Ema, in_layout
 from pipelines.run import Run
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def restore(
     if unit.distiller is not None:
         load_weights(unit.distiller, saved.distiller or {}, file=saved.path)
     optimiser.load_state_dict(state["optimiser"])
+    in_layout(optimiser)
     if "scaler" in state and scaler is not None:
         scaler.load_state_dict(state["scaler"])
     stream.load_state_dict(state["stream"])

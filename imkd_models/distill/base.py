@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -141,8 +142,8 @@ class FrozenTeacher(nn.Module):
 
     It stays in eval whatever ``train()`` is called on a parent, runs under no_grad in float32, has no parameter or buffer
     in any state dict, optimiser or DDP wrapper, and moves with ``to()``. The network is kept outside the module tree for
-    that reason. ``batch_statistics`` exists only to measure the defect of released code that trains with a drifting
-    teacher.
+    that reason. ``in_float32`` off: the surrounding autocast decides. ``batch_statistics`` exists only to measure the defect
+    of released code that trains with a drifting teacher.
     """
 
     def __init__(self, network: nn.Module, *, name: str = "teacher") -> None:
@@ -151,6 +152,7 @@ class FrozenTeacher(nn.Module):
             parameter.requires_grad_(False)
         self.name = name
         self.batch_statistics = False
+        self.in_float32 = True
         object.__setattr__(self, "_network", (network.eval(),))  # a tuple: nn.Module must not register it
         super().train(False)
 
@@ -185,10 +187,10 @@ class FrozenTeacher(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self, batch: Batch) -> Outputs:
-        """The teacher's outputs, detached, float32."""
+        """The teacher's outputs, detached."""
         self.network.train(self.batch_statistics)
         device = next((p.device.type for p in self.network.parameters()), "cpu")
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        with torch.no_grad(), torch.autocast(device, enabled=False) if self.in_float32 else nullcontext():
             return self.network(batch)
 
     def heads(self, neck_BCYX: Tensor) -> tuple[HeadMaps, ...]:

@@ -16,9 +16,10 @@ import torch
 from memory_cache import MemoryCache
 from toy_training import GRID, toy_cache, toy_run
 
-from imkd_data.errors import CacheDamageError, MismatchError, UsageError
+from imkd_data.errors import CacheDamageError, MismatchError, NoProgressError, UsageError
 from imkd_models.checkpoint import load_checkpoint
 from pipelines.guard import lost_rank
+from pipelines.networks import TrainUnit
 from pipelines.run import LoaderConfig
 from pipelines.train import train
 
@@ -49,6 +50,16 @@ def test_skip_names_logs_and_counts(tmp_path: Path, capsys: pytest.CaptureFixtur
 
     with pytest.raises(MismatchError, match="on_bad_sample"):
         train(toy_run(), cache, tmp_path / "whole", resume=True, accelerator="cpu")
+
+
+def test_another_ranks_trouble_stops_this_one_before_its_forward_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses sum their counts over ranks: a rank without a batch must not leave the others waiting there."""
+    ran: list[int] = []
+    monkeypatch.setattr("pipelines.train.agree", lambda value, device: 1)
+    monkeypatch.setattr(TrainUnit, "forward", lambda self, batch: ran.append(1))
+    with pytest.raises(NoProgressError, match="another rank stopped"):
+        train(toy_run(), toy_cache(tmp_path / "world"), tmp_path / "run", accelerator="cpu")
+    assert not ran
 
 
 def test_sync_batchnorm_is_refused_on_a_cpu(tmp_path: Path) -> None:
