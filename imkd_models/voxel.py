@@ -101,6 +101,9 @@ class VoxelEncoder(nn.Module):
             values, flat = values[inside], flat[inside]
             if self.config.points_per_pillar:
                 values, flat = first_points(values, flat, self.config.points_per_pillar)
+            if not len(flat):  # spconv refuses an empty cloud; the parameters keep a gradient of zero
+                still = torch.stack([p.sum() for p in self.parameters()]).sum() * 0
+                return still.expand(batch, self.out_channels, *(n // 8 for n in grid.shape))
             cells, voxel = torch.unique(flat, return_inverse=True)
             features = pillar_mean(values, voxel, len(cells))
         parts = []

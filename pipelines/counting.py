@@ -20,9 +20,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imkd_data.errors import UsageError
-from imkd_data.loader.batch import Batch, PointBatch
+from imkd_data.loader.batch import Batch, BoxBatch, PointBatch
 from imkd_data.recipe import canonical_json
-from imkd_models.config import FusionConfig, LabelConfig, ModelConfig, StudentConfig
+from imkd_models.config import FusionConfig, ModelConfig, StudentConfig
 from imkd_models.presets import build_model, config_from_dict
 from pipelines.run import Run
 
@@ -95,7 +95,7 @@ def _departures(config: ModelConfig) -> dict[str, Any]:
     return out
 
 
-def _known_cost(config: ModelConfig) -> tuple[int, int] | None:
+def _known_cost(config: ModelConfig) -> tuple[int, int]:
     """From ``macs.json``, which a test recounts; counted now (up to half a minute) where the configuration is not in it."""
     table = json.loads(_TABLE.read_text()) if _TABLE.is_file() else {}
     key = macs_key(config)
@@ -115,8 +115,7 @@ def write_table() -> None:
                 cost = count_cost(config)
             except UsageError:  # the voxel teacher without spconv
                 continue
-            if cost is not None:
-                table[macs_key(config)] = list(cost)
+            table[macs_key(config)] = list(cost)
     _TABLE.write_text(json.dumps(table, sort_keys=True).replace("], ", "],\n ") + "\n")
 
 
@@ -142,6 +141,19 @@ def blank_batch(config: ModelConfig, *, batch_size: int = 1, views: int = 6) -> 
         lidar=_no_points(("intensity", "ring")),
         radar=_no_points(features),
         image_maps={"depth_BVHW": torch.zeros(batch_size, views, height, width)},
+        boxes=_no_boxes(batch_size),
+    )
+
+
+def _no_boxes(batch_size: int) -> BoxBatch:
+    none = torch.zeros(batch_size, 0)
+    return BoxBatch(
+        centre_m_BM3=none[..., None].expand(-1, -1, 3),
+        size_lwh_m_BM3=none[..., None].expand(-1, -1, 3),
+        yaw_rad_BM=none,
+        velocity_mps_BM2=none[..., None].expand(-1, -1, 2),
+        label_BM=none.long(),
+        valid_BM=none.bool(),
     )
 
 
@@ -207,11 +219,9 @@ def _nothing(_: Any) -> Tensor:
     raise RuntimeError("a counted pass has no backward pass")
 
 
-def count_cost(config: ModelConfig) -> tuple[int, int] | None:
-    """Multiply-adds of one forward pass at batch 1 with six cameras, and bytes it keeps for the backward pass; None for a
-    label encoder (it reads boxes alone)."""
-    if isinstance(config, LabelConfig):
-        return None
+def count_cost(config: ModelConfig) -> tuple[int, int]:
+    """Multiply-adds of one forward pass at batch 1 with six cameras, and bytes it keeps for the backward pass. A label
+    encoder is counted without its teacher's neck and head."""
     model: nn.Module = build_model(config, pretrained=False).train()
     batch, counter, kept = blank_batch(config), MacCounter(), _Kept(model)
     with counter, torch.autograd.graph.saved_tensors_hooks(kept.pack, _nothing):

@@ -48,7 +48,7 @@ class Deployed(nn.Module):
         self.model = model
         self.config: StudentConfig = model.config  # type: ignore[assignment]
         self.features = STATE_FEATURES if self.config.radar_states else ("rcs_dbsm",)
-        self.blank = (replace(blank_batch(self.config, views=views), lidar=None, image_maps={}),)
+        self.blank = (replace(blank_batch(self.config, views=views), lidar=None, boxes=None, image_maps={}),)
         camera = ("images_u8", "image_from_camera", "bev_from_camera") if self.config.camera else ()
         radar = ("radar_xyz_m", "radar_features", "radar_velocity_mps", "radar_age_s", "radar_slot")
         self.names = (*camera, *(radar if self.config.radar else ()))

@@ -227,7 +227,8 @@ def bevdepth_r50() -> Run:
     return _student("bevdepth_r50", "BEVDepth baseline, ResNet-50, camera only", "bevdepth_r50", loader=loader)
 
 
-# CRKD section 5: images as CRN's but turned, no BEV rotation for networks with radar, class-balanced sampling, no pasting.
+# CRKD section 5: images turned, no BEV rotation for networks with radar (its shift of 0.5 m is left out), classes balanced,
+# no pasting.
 _CRKD_IMAGES = AugmentConfig(
     image_scale=(0.38 / 0.44, 0.55 / 0.44), evaluation_scale=0.48 / 0.44, image_rotation_deg=(-5.4, 5.4), rotation_deg=(0, 0)
 )
@@ -254,8 +255,8 @@ def crkd_teacher() -> Run:
     """CRKD's LiDAR-camera teacher, ResNet-50; needs spconv."""
     optim = replace(_CRKD_OPTIM, lr=2e-4, backbone_factor=0.1)
     loader = LoaderConfig(workers=8, sampling="cbgs", augment=replace(_CRKD_IMAGES, rotation_deg=(-45.0, 45.0)))
-    run = _teacher("crkd_teacher", "CRKD's LiDAR-camera teacher, 0.075 m voxels and ResNet-50 (needs spconv)", "crkd_teacher")
-    return run.with_values(optim=optim, loader=loader)
+    summary = "CRKD's LiDAR-camera teacher, 0.075 m voxels and ResNet-50 (needs spconv)"
+    return _teacher("crkd_teacher", summary, "crkd_teacher", loader).with_values(optim=optim)
 
 
 def fusion_r50() -> Run:

@@ -12,11 +12,12 @@ from imkd_data.errors import ImkdError
 from imkd_models.checkpoint import load_checkpoint
 from pipelines.run import Run
 
-__all__ = ["MARGIN_MAP", "own_scores", "record_scores", "teacher_records", "teacher_warnings"]
+__all__ = ["MARGIN_MAP", "NO_BASELINE", "own_scores", "record_scores", "teacher_records", "teacher_warnings"]
 
 MARGIN_MAP = 0.05  # a teacher should lead by five points of mAP (imkd: section 2.1)
 # Published mAP of the camera-radar baselines on nuScenes val, the yardstick where no own baseline was scored.
-PUBLISHED_BASELINE_MAP = {"crn_r18": 0.449, "crn_r50": 0.4725}
+PUBLISHED_BASELINE_MAP = {"crn_r18": 0.449, "crn_r50": 0.4725, "crkd_r50": 0.418, "crkd_swin_t": 0.432}
+NO_BASELINE = "none"  # a run that says so compares nothing: a demonstration, or a teacher that was judged elsewhere
 _SUMMARY, SCORES_FILE = "metrics_summary.json", "scores.json"
 
 
@@ -47,6 +48,12 @@ def own_scores(checkpoint: Path | str) -> dict[str, Any] | None:
     return None
 
 
+def _convention(meta: Mapping[str, Any]) -> str:
+    """Input convention of a network; a LiDAR-camera teacher keeps it with its camera side."""
+    model = dict(meta["model"])
+    return str(model.get("convention") or dict(model.get("student") or {}).get("convention") or "bev")
+
+
 def record_scores(checkpoint: Path | str, meta: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
     """Keep a network's own scores beside its checkpoint, under the hash of its weights, with its input convention: what a
     teacher's record must say. A folder that cannot be written to is left alone."""
@@ -59,7 +66,7 @@ def record_scores(checkpoint: Path | str, meta: Mapping[str, Any], summary: Mapp
             "samples": summary.get("num_samples"),
             "engine": summary.get("engine"),
             "cache": summary.get("cache"),
-            "convention": dict(meta["model"]).get("convention", "bev"),
+            "convention": _convention(meta),
         }
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         partial.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -74,8 +81,7 @@ def teacher_records(teachers: Mapping[str, Path | str]) -> dict[str, dict[str, A
     for name, path in teachers.items():
         meta = load_checkpoint(path).meta
         scores = own_scores(path) or {}
-        convention = dict(meta["model"]).get("convention", "bev")
-        own = {"weights_sha256": meta["weights_sha256"], "convention": convention}
+        own = {"weights_sha256": meta["weights_sha256"], "convention": _convention(meta)}
         out[name] = {**own, "map": scores.get("map"), "nds": scores.get("nds")}
     return out
 
@@ -85,9 +91,10 @@ def teacher_warnings(
 ) -> list[str]:
     """One line per LiDAR or fusion teacher that does not lead by five points of mAP, or of which that is unknown.
 
-    baseline: checkpoint of the undistilled student (``run.baseline``); without it the published figure of the preset counts.
+    baseline: checkpoint of the undistilled student (``run.baseline``); without it the published figure of the preset counts;
+    ``none``: no comparison is meant, so nothing is said.
     """
-    if run.method is None:
+    if run.method is None or str(baseline) == NO_BASELINE:
         return []
     level, source = _baseline(baseline, model_name)
     lines = []

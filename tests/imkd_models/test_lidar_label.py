@@ -198,6 +198,14 @@ def test_a_rotated_world_gives_the_rotated_heatmap():
             truth = view.boxes.centre_m_BM3[0, :6, :2]
             distance = torch.cdist(truth, found.centre_m[:, :2])
             assert (distance.amin(1) < 0.8).float().mean() >= 5 / 6, f"yaw {yaw}: {distance.amin(1)}"
+        # The maps themselves: a quarter turn moves cells onto cells, row = old column, column = n - 1 - old row.
+        first, quarter = (
+            torch.sigmoid(model(turned(batch, yaw)).head[0].heatmap_logits_BKYX[0, 0]) for yaw in (0, math.pi / 2)
+        )
+        expected = torch.rot90(first, -1)
+        likeness = torch.corrcoef(torch.stack([quarter.flatten(), expected.flatten()]))[0, 1]
+        wrong = torch.corrcoef(torch.stack([quarter.flatten(), first.flatten()]))[0, 1]
+        assert likeness > 0.9 > wrong + 0.5
 
 
 def test_label_maps_equal_a_slow_loop():

@@ -97,6 +97,18 @@ def test_every_parameter_gets_a_gradient_and_the_loss_falls(monkeypatch):
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_an_empty_cloud_gives_finite_maps_and_gradients():
+    torch.manual_seed(0)
+    model, batch = voxel(grid=ODD_GRID), make_batch(ground=0, boxes=0)
+    none = dataclasses.replace(
+        batch.lidar, **{n: getattr(batch.lidar, n)[:0] for n in ("xyz_m", "features_NF", "batch_index", "time_index", "age_s")}
+    )
+    out = model(dataclasses.replace(batch, lidar=none))
+    assert {k: tuple(v.shape[1:]) for k, v in out.features.items()} == model.feature_shapes
+    sum(model.loss(out, batch).values()).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
 @pytest.mark.parametrize(("source", "prefix"), [("centerpoint_mmdet3d", ""), ("labeldistill:lidar", "model.centerpoint.")])
 def test_public_voxel_files_fit(source, prefix):
     torch.manual_seed(0)

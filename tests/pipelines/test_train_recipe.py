@@ -117,6 +117,18 @@ def test_schedules_follow_their_formulas() -> None:
     assert cycle[140] == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
 
 
+def test_the_backbone_factor_is_for_the_image_backbone_alone() -> None:
+    """The radar's stages are a backbone by name, too."""
+    from imkd_models.presets import tiny
+    from pipelines.optimise import make_optimiser
+
+    model = tiny()
+    groups = make_optimiser(model, None, OptimConfig(backbone_factor=0.1)).param_groups
+    slow = [id(p) for g in groups if g["factor"] == 0.1 for p in g["params"]]
+    assert slow == [id(p) for p in model.camera.image.backbone.parameters()] and len(list(model.radar.backbone.parameters()))
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+
+
 def test_the_average_is_what_its_definition_says_and_what_is_deployed(cache: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
@@ -194,6 +206,7 @@ def test_what_a_teacher_is_compared_with(teacher: Path) -> None:
     assert teacher_warnings(run, {"lidar": teacher}, model_name="crn_r50") == []
     (line,) = teacher_warnings(run, {"lidar": teacher}, model_name="tiny")
     assert "no known baseline" in line
+    assert teacher_warnings(run, {"lidar": teacher}, baseline="none", model_name="tiny") == []  # none is meant
     (teacher / "eval" / "metrics_summary.json").unlink()
 
 
@@ -213,6 +226,15 @@ def test_a_networks_own_scores_are_kept_beside_it(cache: Any, tmp_path: Path) ->
     assert own_scores(teacher) is None
     (teacher / "scores.json").write_text("{")
     assert own_scores(teacher) is None
+
+
+def test_the_convention_of_a_lidar_camera_teacher_is_that_of_its_camera_side() -> None:
+    from imkd_models.presets import crkd_teacher_config, fusion_config, preset_config
+    from pipelines.strength import _convention
+
+    pillars = preset_config("centerpoint_pillar", convention="mmdet3d_lwh")
+    for config, convention in ((crkd_teacher_config(), "bevfusion"), (fusion_config(), "bev"), (pillars, "mmdet3d_lwh")):
+        assert _convention({"model": config.as_dict()}) == convention
 
 
 def test_settings_that_came_later_do_not_stop_a_resume(cache: Any, tmp_path: Path) -> None:
