@@ -69,7 +69,8 @@ class PillarEncoder(nn.Module):
         values = torch.cat([torch.nan_to_num(xyz, 0, 0, 0), intensity[:, None], age[:, None]], dim=1)
         cell = torch.where(inside, (lidar.batch_index * grid.ny + row) * grid.nx + column, num)
         if select:
-            values, cell, row, column = values[inside], cell[inside], row[inside], column[inside]
+            kept = inside.nonzero()[:, 0]  # once: every mask would make the host wait for the device
+            values, cell, row, column = values[kept], cell[kept], row[kept], column[kept]
         xyz = values[:, :3]
         mean = pillar_mean(xyz, cell, num + 1)[cell]
         x, y = (column + 0.5) * grid.cell_m + grid.x_min_m, (row + 0.5) * grid.cell_m + grid.y_min_m

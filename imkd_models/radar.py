@@ -167,7 +167,8 @@ class PerspectiveRadarEncoder(nn.Module):
 
     def _seen_points(self, seen: Tensor, values: dict[str, Tensor], views: int) -> tuple[Tensor, Tensor, Tensor]:
         """Only the rows that a view sees, with CRN's invented returns where asked for."""
-        values = {name: value[seen] for name, value in values.items()}
+        kept = seen.nonzero()[:, 0]  # once: every mask would make the host wait for the device
+        values = {name: value[kept] for name, value in values.items()}
         if "radar_empty:dummy" in self.config.parity:
             values = self._with_dummies(values, views)
         return self._features(**values)
@@ -264,8 +265,9 @@ class BevRadarEncoder(nn.Module):
         row, column, inside = cell_index(points["xyz"][:, :2], grid)
         inside = inside & points["use"]
         if self.training:  # the norms must not see what is left out; in evaluation shapes stay static
-            points = {key: value[inside] for key, value in points.items()}
-            row, column, inside = row[inside], column[inside], inside[inside]
+            kept = inside.nonzero()[:, 0]
+            points = {key: value[kept] for key, value in points.items()}
+            row, column, inside = row[kept], column[kept], inside[kept]
         xyz = points["xyz"]
         spans = ((grid.x_min_m, grid.x_max_m), (grid.y_min_m, grid.y_max_m), self.config.z_range_m)
         shares = torch.stack([(xyz[:, i] - low) / (high - low) for i, (low, high) in enumerate(spans)], dim=1)

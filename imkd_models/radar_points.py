@@ -66,7 +66,8 @@ class PointRadarEncoder(nn.Module):
     def _pooled(self, values: Tensor, cell: Tensor, inside: Tensor, num: int) -> Tensor:
         cap = self.config.radar_points_per_cell
         if self.training or cap:  # the norms must not see what is left out; else shapes stay static
-            values, cell = values[inside], cell[inside]
+            kept = inside.nonzero()[:, 0]
+            values, cell = values[kept], cell[kept]
         if cap:
             values, cell = first_points(values, cell, cap)
         canvas = pillar_max(self._net(values), cell, num + 1)[:-1]

@@ -185,7 +185,7 @@ def _nearness(teacher: HeadMaps, use_BYX: Tensor, boxes: BoxBatch, grid: BevGrid
     out = torch.zeros(use_BYX.shape, device=use_BYX.device)
     labels = torch.tensor([LABEL_FROM_CLASS[name] for name in teacher.classes], device=use_BYX.device)
     mine = boxes.valid_BM & torch.isin(boxes.label_BM, labels)
-    if not bool(mine.any()):
+    if mine.shape[1] == 0:
         return out
     truth = torch.where(mine[..., None], boxes.centre_m_BM3[..., :2].float(), torch.inf)
     b, row, column = use_BYX.nonzero(as_tuple=True)

@@ -25,7 +25,7 @@ from imkd_models.distill.terms import (
     head_targets,
     quality_focal,
     released_rectangle_mask,
-    require_finite,
+    require_all_finite,
     rotated_mask,
     similarity,
     smooth_l1,
@@ -262,14 +262,14 @@ class Crkd(Distiller):
 
     def _checked(self, teacher: Outputs, student: Outputs) -> Outputs:
         """Refuse maps that are not finite; as released, NaN takes the student's value."""
-        features = dict(teacher.features)
+        features, checked = dict(teacher.features), {}
         for name, value in features.items():
             if "nan_from_student" in self.o.defects and value.shape == student.features[name].shape:
                 features[name] = torch.where(value.isnan(), student.features[name], value)
             else:
-                require_finite(value, name)
-        for maps in teacher.head:
-            require_finite(maps.heatmap_logits_BKYX, f"heat map of {'+'.join(maps.classes)}")
+                checked[name] = value
+        checked |= {f"heat map of {'+'.join(maps.classes)}": maps.heatmap_logits_BKYX for maps in teacher.head}
+        require_all_finite(checked)
         return Outputs(features=features, head=teacher.head, grid=teacher.grid)
 
     def _mask(self, student: Outputs, batch: Batch) -> Tensor:

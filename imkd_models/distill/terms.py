@@ -7,7 +7,7 @@ centres in chunks of bounded memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor
 from imkd_data.errors import MismatchError
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import BoxBatch
+from imkd_models.blocks import inverse44
 from imkd_models.head import Targets, centre_targets
 from imkd_models.outputs import HeadMaps
 
@@ -33,6 +34,7 @@ __all__ = [
     "normaliser",
     "quality_focal",
     "released_rectangle_mask",
+    "require_all_finite",
     "require_finite",
     "rotated_mask",
     "similarity",
@@ -85,6 +87,14 @@ def require_finite(value: Tensor, name: str) -> Tensor:
             next="check the teacher's checkpoint and that it gets the inputs it was trained on (frame, scale, units)",
         )
     return value
+
+
+def require_all_finite(values: Mapping[str, Tensor]) -> None:
+    """``require_finite`` of several maps by name; the host waits for the device once."""
+    if not values or bool(torch.stack([torch.isfinite(v).all() for v in values.values()]).all()):
+        return
+    for name, value in values.items():
+        require_finite(value, name)
 
 
 def stage_grid(grid: BevGrid, shape: Sequence[int]) -> BevGrid:
@@ -172,7 +182,7 @@ def grown_sizes(boxes: BoxBatch, bev_from_ego_B44: Tensor, *, grid_axis_speed: b
     ``grid_axis_speed``: the released behaviour, forward speed of the grid pairs with length and lateral with width.
     An unknown velocity (NaN) gives no growth by speed.
     """
-    ego_from_bev = torch.linalg.inv(bev_from_ego_B44.float())
+    ego_from_bev = inverse44(bev_from_ego_B44)
     linear = ego_from_bev[:, :2, :2]
     centre = boxes.centre_m_BM3.float()
     position = torch.einsum("bij,bmj->bmi", ego_from_bev[:, :3, :3], centre) + ego_from_bev[:, None, :3, 3]
