@@ -1,6 +1,7 @@
 """Seconds to the first batch with 0, 1 and 2 loader workers on a cache with an index as long as the full data set's (34,176
-rows), imports of this process apart; and how many bytes a worker is started with. In turn with them: the same with the row
-table sent to every worker, as a comparison (a pipe holds 64 KiB, so each start waits for the child's imports).
+rows), imports of this process apart; how many bytes a worker is started with; and the CPU time of its start, torch and the rest.
+In turn with them: the same with the row table sent to every worker, as a comparison (a pipe holds 64 KiB, so each start waits for
+the child's imports).
 
 python tests/benchmarks/first_batch.py [FOLDER]   (FOLDER/cache is built where it is absent)
 """
@@ -8,18 +9,49 @@ python tests/benchmarks/first_batch.py [FOLDER]   (FOLDER/cache is built where i
 from __future__ import annotations
 
 import pickle
+import subprocess
 import sys
 import tempfile
 import time
 from functools import partialmethod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from imkd_data.cache.store import Cache
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "pipelines"), str(HERE.parents[1])]
 
 ROWS, TURNS = 34_176, 5
+WORKER = """
+import pickle, sys, time
+sys.path[:0] = sys.argv[2:]
+import torch, torch.utils.data
+torch.set_num_threads(1)
+torch_s = time.process_time()
+batches, job = pickle.load(open(sys.argv[1], "rb"))
+batches[job]
+first_s = time.process_time()
+batches[job]
+print(torch_s, first_s - torch_s - (time.process_time() - first_s))
+"""
+
+
+def worker_start(cache: Cache, folder: Path) -> tuple[float, float]:
+    """CPU seconds of what a spawned worker does up to its first batch: importing torch; our modules, the cache and the index
+    (the batch itself left out, as it costs every time). Median of five processes."""
+    from imkd_data import stream
+    from imkd_data.loader.work import Batches, Source
+
+    s = stream(cache, 2, split="all", augment=True)
+    (folder / "worker.pickle").write_bytes(pickle.dumps((Batches(s.reader), Source(s.reader, s.order, 2).job((0, 0)))))
+    command = [sys.executable, "-c", WORKER, str(folder / "worker.pickle"), *sys.path[:3]]
+    said = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(5)]
+    torch_s, own_s = np.median(np.array(said, dtype=float), axis=0)
+    return float(torch_s), float(own_s)
 
 
 def main(root: Path) -> None:
@@ -42,6 +74,7 @@ def main(root: Path) -> None:
     begun = time.perf_counter()
     cache = ManyRows(path, cache.copies)
     print(f"open {time.perf_counter() - begun:.2f} s")
+    print("a worker's start, CPU: torch {:.2f} s, the rest {:.2f} s".format(*worker_start(cache, root)))
     sent, seconds = list[int](), dict[tuple[int, bool], list[float]]()
     made = Batches.__init__
 
