@@ -11,7 +11,10 @@ from typing import Any
 import click
 
 from cli.model_tools import COMMANDS
+from cli.options import named_paths
 from cli.show import COMMANDS as SHOW
+from cli.show import named_checkpoint, print_robustness
+from pipelines.commandline import record_command
 
 __all__ = ["group"]
 
@@ -65,20 +68,6 @@ def group() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- train
-
-
-def teachers_from(items: tuple[str, ...]) -> dict[str, Path]:
-    from imkd_data.errors import UsageError
-
-    out: dict[str, Path] = {}
-    for item in items:
-        name, sign, path = item.partition("=")
-        if not sign or not name or not path:
-            raise UsageError("--teacher needs NAME=CKPT", expected="--teacher lidar=RUN/last.ckpt", found=item)
-        if name in out:
-            raise UsageError(f"teacher {name} is given twice", found=item)
-        out[name] = Path(path)
-    return out
 
 
 def resolve_run(
@@ -165,7 +154,7 @@ def train(
     if on_bad_sample is not None:
         settings = (*settings, f"loader.on_bad_sample={on_bad_sample}")
     resolved = resolve_run(run, config=config, method=method, settings=settings, max_steps=max_steps, global_batch=global_batch)
-    teachers = teachers_from(teacher)
+    teachers = named_paths("--teacher", teacher)
     if plan:
         from pipelines.forecast import plan_run, plan_text
 
@@ -194,6 +183,7 @@ def train(
     )
     if result.rank != 0:
         return
+    record_command(out, ["imkd", *sys.argv[1:]])
     made = result.stages or {resolved.name: result.checkpoint}
     if as_json:
         out_json(
@@ -215,19 +205,19 @@ def train(
 
 
 @group.command()
-@click.option("--checkpoint", required=True, type=PATH)
+@click.option("--checkpoint", required=True, metavar="[NAME=]CKPT", help="NAME: of its column in the robustness table.")
 @click.option("--cache", required=True, type=CACHE)
 @click.option("--dataroot", required=True, type=PATH, help="nuScenes tree that holds the truth.")
-@click.option("--out", required=True, type=PATH, help="Gets results.json and metrics_summary.json.")
+@click.option("--out", required=True, type=PATH, help="Gets results.json and metrics_summary.json, or the robustness table.")
 @click.option("--engine", default="devkit", show_default=True, type=click.Choice(["devkit", "fast"]))
 @click.option("--split", help="Splits to score; default val, else all rows of the cache.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--batch-size", default=1, show_default=True, type=click.IntRange(min=1))
-@click.option("--robustness", is_flag=True, help="Score under weather, range, lost sensors and time lag instead.")
-@click.option("--beside", multiple=True, metavar="NAME=CKPT", help="Further networks in the robustness table.")
+@click.option("--robustness", is_flag=True, help="Score under weather, range, lost sensors, time lag; resumable.")
+@click.option("--beside", multiple=True, metavar="NAME=CKPT", help="A further network in the robustness table; repeat.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 def evaluate(
-    checkpoint: Path,
+    checkpoint: str,
     cache: Path,
     dataroot: Path,
     out: Path,
@@ -241,14 +231,18 @@ def evaluate(
 ) -> None:
     """Score a checkpoint by the official nuScenes detection evaluation; networks run in float32, however they were trained."""
     if robustness:
-        from cli.show import print_robustness
-
-        named = {checkpoint.parent.name or "run": checkpoint, **teachers_from(beside)}
-        print_robustness(named, cache, out, dataroot, split, device, batch_size)
+        options: dict[str, Any] = {"cache": cache, "out": out, "dataroot": dataroot, "split": split, "as_json": as_json}
+        print_robustness(checkpoint, beside, **options, device=device, batch_size=batch_size)
         return
+    if beside:
+        from imkd_data.errors import UsageError
+
+        raise UsageError("--beside is for the robustness table", next="add --robustness, or score one checkpoint at a time")
     from pipelines.evaluate import evaluate_checkpoint, json_ready, summary_lines
 
-    summary = evaluate_checkpoint(checkpoint, cache, dataroot, out, engine, split, device=device, batch_size=batch_size)
+    path = named_checkpoint(checkpoint)[1]
+    summary = evaluate_checkpoint(path, cache, dataroot, out, engine, split, device=device, batch_size=batch_size)
+    record_command(out, ["imkd", *sys.argv[1:]])
     if as_json:
         out_json(json_ready(summary))
     else:

@@ -169,11 +169,12 @@ def bench_step(
     as_json: bool,
 ) -> None:
     """Where a training step's time goes: image, radar, view, fusion, head, teachers, losses, backward."""
-    from cli.model import resolve_run, teachers_from
+    from cli.model import resolve_run
+    from cli.options import named_paths
     from pipelines.bench_step import run_step_bench, step_table
 
     resolved = resolve_run(run, method=method, settings=settings)
-    facts = run_step_bench(resolved, cache, teachers_from(teacher), steps=steps, accelerator=accelerator)
+    facts = run_step_bench(resolved, cache, named_paths("--teacher", teacher), steps=steps, accelerator=accelerator)
     click.echo(json.dumps(facts) if as_json else step_table(facts))
 
 

@@ -13,7 +13,7 @@ import click
 
 from cli.screen import Screen
 
-__all__ = ["common", "dataroot_default", "recipe_from_options", "recipe_options", "size_bytes"]
+__all__ = ["common", "dataroot_default", "named_paths", "recipe_from_options", "recipe_options", "size_bytes"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -77,6 +77,21 @@ def value_from_text(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def named_paths(option: str, items: tuple[str, ...], example: str = "lidar") -> dict[str, Path]:
+    """``NAME=CKPT`` texts of an option that may be repeated. Errors: UsageError for another form or a name given twice."""
+    from imkd_data.errors import UsageError
+
+    out: dict[str, Path] = {}
+    for item in items:
+        name, sign, path = item.partition("=")
+        if not sign or not name or not path:
+            raise UsageError(f"{option} needs NAME=CKPT", expected=f"{option} {example}=RUN/last.ckpt", found=item)
+        if name in out:
+            raise UsageError(f"{option} {name} is given twice", found=item)
+        out[name] = Path(path)
+    return out
 
 
 def names_from_text(text: str | None) -> list[str] | None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from cli.options import named_paths
+
 __all__ = ["COMMANDS"]
 
 PATH = click.Path(path_type=Path)
@@ -44,25 +46,63 @@ def view(run: Path, cache: Path, token: str | None, others: tuple[str, ...], out
     """One sample as a network saw it: boxes beside truth, error per box, feature maps, weights of the distillation."""
     from pipelines.view import view_sample
 
-    extra = {name: Path(path) for name, _, path in (item.partition("=") for item in others)}
-    click.echo(view_sample(run, cache, out, token=token, others=extra))
+    click.echo(view_sample(run, cache, out, token=token, others=named_paths("--teacher", others)))
+
+
+def named_checkpoint(text: str) -> tuple[str, Path]:
+    """``CKPT`` or ``NAME=CKPT``; a path that is there may hold a ``=`` itself. Without a name: its folder's."""
+    name, sign, path = text.partition("=")
+    if sign and name and path and not Path(text).exists():
+        return name, Path(path)
+    return Path(text).parent.name or "run", Path(text)
 
 
 def print_robustness(
-    checkpoints: dict[str, Path], cache: Path, out: Path, dataroot: Path, split: str | None, device: str, batch_size: int
+    checkpoint: str,
+    beside: tuple[str, ...],
+    *,
+    cache: Path,
+    out: Path,
+    dataroot: Path,
+    split: str | None,
+    device: str,
+    batch_size: int,
+    as_json: bool,
 ) -> None:
-    """`imkd evaluate --robustness`: the table on stdout, progress on stderr."""
+    """`imkd evaluate --robustness`: the table (or robustness.json on one line) on stdout, progress on stderr."""
+    import json
+
     from imkd_data import open_cache
-    from pipelines.robustness import is_synthetic, robustness, robustness_text
+    from imkd_data.errors import UsageError
+    from pipelines.robustness import robustness, robustness_text
+    from pipelines.sample_view import is_synthetic
 
-    def tell(run: str, condition: str) -> None:
-        click.echo(f"{run}: {condition}", err=True)
+    def tell(run: str, text: str) -> None:
+        click.echo(f"{run}: {text}", err=True)
 
+    first, path = named_checkpoint(checkpoint)
+    networks = {first: path}
+    for item in beside:
+        name, sign, path_text = item.partition("=")
+        if not sign or not name or not path_text:
+            raise UsageError("--beside needs NAME=CKPT", expected="--beside imkd=RUN/last.ckpt", found=item)
+        if name in networks:
+            raise UsageError(
+                f"two networks are called {name}",
+                found=item,
+                next="--checkpoint NAME=CKPT names the first one, --beside the others",
+            )
+        networks[name] = Path(path_text)
+    words = f"imkd evaluate --robustness --checkpoint {first}=CKPT" + "".join(f" --beside {n}=CKPT" for n in [*networks][1:])
+    words += " --cache CACHE --dataroot TREE --out OUT" + (f" --split {split}" if split else "")
+    words += (f" --batch-size {batch_size}" if batch_size > 1 else "") + (f" --device {device}" if device != "cpu" else "")
     opened = open_cache(cache)
-    rows = robustness(
-        checkpoints, opened, out, dataroot=dataroot, split=split, device=device, batch_size=batch_size, progress=tell
-    )
-    click.echo(robustness_text(rows, synthetic=is_synthetic(opened)))
+    options = {"dataroot": dataroot, "split": split, "device": device, "batch_size": batch_size}
+    rows = robustness(networks, opened, out, **options, command=words, progress=tell)  # type: ignore[arg-type]
+    if as_json:
+        click.echo(json.dumps(json.loads((out / "robustness.json").read_text(encoding="utf-8"))))
+    else:
+        click.echo(robustness_text(rows, synthetic=is_synthetic(opened)))
 
 
 COMMANDS = (report, view)

@@ -15,7 +15,16 @@ from imkd_data.sample import Boxes
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
 
-__all__ = ["CameraView", "SampleView", "box_corners", "box_lines", "calibration_lines", "match_boxes", "read_view"]
+__all__ = [
+    "CameraView",
+    "SampleView",
+    "box_corners",
+    "box_lines",
+    "calibration_lines",
+    "is_synthetic",
+    "match_boxes",
+    "read_view",
+]
 
 F64 = NDArray[np.float64]
 NEAR_M = 0.3  # edges are cut here: what is behind the camera has no place in the image
@@ -114,6 +123,11 @@ def read_view(cache: Cache, row: int) -> SampleView:
         radar=cache.decode("radar_points", row) if "radar_points" in cache.fields else None,
         truth=cache.decode("boxes", row) if "boxes" in cache.fields else None,
     )
+
+
+def is_synthetic(cache: Cache) -> bool:
+    """Whether the scenes come from `imkd-data synth`, whose logs say so."""
+    return any(str(place or "").startswith("synthetic") for place in set(cache.index["location"].to_pylist()))
 
 
 def calibration_lines(view: SampleView) -> list[str]:

@@ -7,15 +7,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from imkd_data import open_cache
 from imkd_data.errors import UsageError
 from pipelines.predict import predict_rows
-from pipelines.robustness import (
-    CONDITIONS,
+from pipelines.robustness import CONDITIONS, robustness, robustness_text
+from pipelines.robustness_conditions import (
     _lost,
-    robustness,
-    robustness_text,
+    as_trained,
+    late_history,
+    newest_sweeps,
     weather_of,
     with_late_radar,
     without_cameras,
@@ -24,17 +26,28 @@ from pipelines.robustness import (
 )
 
 
-@pytest.fixture(scope="module")
-def batch(line):
-    """Two keyframes of the val scene with one past slot each."""
+def read_batch(line, history=(0, -1), features=("rcs_dbsm", "sensor", "sweep"), sweeps=0):
+    """Two keyframes of the val scene."""
     from imkd_data.loader.stream import stream
 
     cache = open_cache(line.cache)
     rows = cache.rows("mini_val")[1:3]
-    options = {"radar_filter": "none", "radar_features": ("rcs_dbsm", "sensor"), "image_hw_px": (32, 56)}
+    options = {"radar_filter": "none", "radar_features": features, "radar_sweeps": sweeps, "image_hw_px": (32, 56)}
     return next(
-        iter(stream(cache, 2, rows=rows, shuffle="none", fields=("images", "radar_points"), history=(0, -1), **options))
+        iter(stream(cache, 2, rows=rows, shuffle="none", fields=("images", "radar_points"), history=history, **options))
     )
+
+
+@pytest.fixture(scope="module")
+def batch(line):
+    """Two keyframes of the val scene with one past slot each."""
+    return read_batch(line)
+
+
+def assert_same_radar(a, b) -> None:
+    assert a.feature_names == b.feature_names and len(a.xyz_m) > 0
+    for name in ("xyz_m", "features_NF", "batch_index", "time_index", "age_s", "velocity_mps"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
 def test_weather_is_read_from_the_description() -> None:
@@ -62,10 +75,19 @@ def test_a_lost_camera_is_black_and_alone(batch) -> None:
 def test_a_lost_radar_gives_no_points(batch) -> None:
     sensor = batch.radar.column("sensor").round().long()
     assert set(sensor.tolist()) == {0, 1, 2, 3, 4}
-    changed = without_radars(batch, [0, 3])
+    changed = as_trained(without_radars(batch, [0, 3]))
     assert len(changed.radar.xyz_m) == int(((sensor != 0) & (sensor != 3)).sum()) > 0
     assert changed.radar.feature_names == ("rcs_dbsm",) and changed.radar.features_NF.shape[1] == 1
     assert len(without_radars(batch, range(5)).radar.xyz_m) == 0
+
+
+def test_one_reading_serves_every_radar_condition(line, batch) -> None:
+    """Points taken away from a batch that was read once = points that were never read."""
+    assert_same_radar(as_trained(batch).radar, read_batch(line, features=("rcs_dbsm",)).radar)
+    for count in (3, 1):
+        read = read_batch(line, features=("rcs_dbsm",), sweeps=count).radar
+        assert_same_radar(as_trained(newest_sweeps(batch, count)).radar, read)
+    assert len(newest_sweeps(batch, 1).radar.xyz_m) < len(newest_sweeps(batch, 3).radar.xyz_m) < len(batch.radar.xyz_m)
 
 
 def test_no_history_repeats_the_current_keyframe(batch) -> None:
@@ -77,11 +99,24 @@ def test_no_history_repeats_the_current_keyframe(batch) -> None:
 
 
 def test_late_radar_is_that_of_the_keyframe_before(batch) -> None:
-    changed = with_late_radar(batch, 1)
+    changed = with_late_radar(batch, (0,))
     before = batch.radar.time_index == 1
     assert len(changed.radar.xyz_m) == int(before.sum()) > 0 and int(changed.radar.time_index.max()) == 0
     assert bool((changed.radar.xyz_m == batch.radar.xyz_m[before]).all())
     assert changed.images_BTVCHW.shape[1] == 1 and bool((changed.images_BTVCHW[:, 0] == batch.images_BTVCHW[:, 0]).all())
+
+
+def test_late_radar_of_neighbouring_slots(line) -> None:
+    """A keyframe that is one slot's own and the next one's delay is asked for once."""
+    assert late_history((0, -2, -4)) == (0, -2, -4, -1, -3, -5) and late_history((0, -1)) == (0, -1, -2)
+    wide = read_batch(line, history=late_history((0, -1)))
+    late = with_late_radar(wide, (0, -1))
+    last = wide.radar.batch_index == 1  # the clip's third keyframe: both predecessors are there
+    for slot in (0, 1):
+        mine = (late.radar.batch_index == 1) & (late.radar.time_index == slot)
+        assert torch.equal(late.radar.xyz_m[mine], wide.radar.xyz_m[last & (wide.radar.time_index == slot + 1)])
+        assert int(mine.sum()) > 0
+    assert late.images_BTVCHW.shape[1] == 2
 
 
 def test_table_over_two_runs(line, tmp_path) -> None:
@@ -108,7 +143,8 @@ def test_table_over_two_runs(line, tmp_path) -> None:
         {"student0": line.students["student0"]}, cache, tmp_path / "b", dataroot=line.tree, conditions=chosen[:4]
     )
     assert [r.nds for r in again if not r.why] == [r.nds for r in rows[:4] if not r.why]
-    assert json.loads((tmp_path / "robustness.json").read_text())["cache"] == cache.id
+    kept = json.loads((tmp_path / "robustness.json").read_text())
+    assert kept["cache"] == cache.id and list(kept["networks"]) == ["student0", "student1"]
     assert "rain | 3 |" in robustness_text(rows)
 
 
@@ -134,12 +170,7 @@ def test_late_cameras_show_the_sweep_before(line) -> None:
 def test_lidar_networks_and_empty_lists_are_refused(line, tmp_path) -> None:
     with pytest.raises(UsageError, match="no checkpoint"):
         robustness({}, line.cache, tmp_path, dataroot=line.tree)
-    with pytest.raises(UsageError, match="without LiDAR"):
-        robustness(
-            {"a": line.students["student0"], "b": line.lidar},
-            line.cache,
-            tmp_path,
-            dataroot=line.tree,
-            conditions=CONDITIONS[:1],
-        )
+    for networks in ({"a": line.students["student0"], "b": line.lidar}, {"b": line.lidar}):
+        with pytest.raises(UsageError, match="without LiDAR"):
+            robustness(networks, line.cache, tmp_path, dataroot=line.tree, conditions=CONDITIONS[:1])
     assert replace(CONDITIONS[0], cameras=1).predicts and not CONDITIONS[0].predicts
