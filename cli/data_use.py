@@ -69,13 +69,19 @@ def inspect(
         for name, value in module.sample_facts(opened, row).items():
             screen.out(f"{name:<20} {value}")
             screen.emit("sample", name=name, value=value)
-    if stats and picture is not None:
-        from pipelines.inspect_stats import write_statistics
+    if stats and len(rows) and (picture is not None or not field):
+        from pipelines.inspect_stats import cache_histograms, statistics_lines, write_statistics
 
-        for line in write_statistics(opened, rows, picture):
+        histograms = cache_histograms(opened, rows)
+        screen.out("")
+        for line in statistics_lines(histograms):
             screen.out(line)
-        screen.say(f"wrote {picture}")
-        screen.emit("picture", path=str(picture))
+        for h in histograms:
+            screen.emit("histogram", title=h.title, unit=h.unit, edges=h.edges.tolist(), counts=h.counts.tolist())
+        if picture is not None:
+            write_statistics(opened, rows, histograms, picture)
+            screen.say(f"wrote {picture}")
+            screen.emit("picture", path=str(picture))
     elif picture is not None and row is not None:
         module.write_picture(opened, row, picture)
         screen.say(f"wrote {picture}")

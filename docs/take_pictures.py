@@ -4,18 +4,21 @@
     python docs/take_pictures.py screens demo/report.html
     python docs/take_pictures.py sample C --sample TOKEN
 
-`hero` shows LiDAR intensity, radar and boxes of several networks side by side; `screens` takes a report wide and narrow, light
-and dark, in headless Chromium; `sample` is the page that `imkd-data inspect --open` writes. Output: docs/images/ (--out).
+`hero` shows LiDAR intensity, radar and boxes of several networks side by side; `screens` takes a report 1280 and 400 px
+wide, light and dark, in headless Chromium; `sample` is the picture that `imkd-data inspect --open` writes. Output: docs/images/
+(--out).
 """
 
 from __future__ import annotations
 
 import argparse
+import html
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 
@@ -50,29 +53,47 @@ def sample(cache: Path, token: str | None, out: Path) -> Path:
     return plots.save(plots.sample_picture(view, summary=calibration_lines(view)), out / "sample.webp")
 
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# Name, width and height in px, dark. The narrow ones are shown in a frame: a headless window is at least 500 px wide.
+SCREENS = (
+    ("wide", 1280, 1400, False),
+    ("dark", 1280, 1400, True),
+    ("narrow", 400, 1400, False),
+    ("narrow-dark", 400, 1400, True),
+)
+MOST_BYTES = 150_000
+
+
 def screens(page: Path, out: Path) -> list[Path]:
-    """Screenshots of a page; needs Debian's chromium or another build of it."""
+    """Screenshots of a page, wide and narrow, light and dark; needs Debian's chromium or another build of it."""
     from PIL import Image
 
-    browser = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
+    browser = next((b for b in BROWSERS if shutil.which(b)), None)
     if browser is None:
         sys.exit("no chromium here: apt-get install chromium")
     made = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, width, height, dark in (
-            ("wide", 1280, 1400, False),
-            ("dark", 1280, 1400, True),
-            ("narrow", 500, 1200, False),
-        ):
-            shot = Path(folder) / f"{name}.png"
+        for name, width, height, dark in SCREENS:
+            shot, frame = Path(folder) / f"{name}.png", Path(folder) / f"{name}.html"
+            shown = f'<iframe src="{html.escape(page.resolve().as_uri())}" width="{width}" height="{height}"></iframe>'
+            frame.write_text(
+                f"<!doctype html><style>body {{ margin: 0 }} iframe {{ border: 0; display: block }}</style>{shown}"
+            )
             flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars"]
-            flags += [f"--window-size={width},{height}", f"--user-data-dir={folder}/profile", f"--screenshot={shot}"]
-            flags += ["--blink-settings=preferredColorScheme=0"] if dark else ["--blink-settings=preferredColorScheme=1"]
-            subprocess.run([browser, *flags, page.resolve().as_uri()], check=True, capture_output=True, timeout=120)
-            target = out / f"{page.stem}-{name}.webp"
-            Image.open(shot).convert("RGB").save(target, "WEBP", quality=86)
-            made.append(target)
+            flags += [f"--window-size={max(width, 500)},{height + 150}", f"--user-data-dir={folder}/profile"]
+            flags += [f"--screenshot={shot}", f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
+            subprocess.run([browser, *flags, frame.as_uri()], check=True, capture_output=True, timeout=300)
+            made.append(_small(Image.open(shot).convert("RGB").crop((0, 0, width, height)), out / f"{page.stem}-{name}.webp"))
     return made
+
+
+def _small(image: Any, path: Path) -> Path:
+    """The picture as WebP, as good as its limit of size allows."""
+    for quality in (86, 78, 70, 60, 45, 30):
+        image.save(path, "WEBP", quality=quality, method=6)
+        if path.stat().st_size < MOST_BYTES:
+            break
+    return path
 
 
 def main() -> None:

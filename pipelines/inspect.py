@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,30 +153,37 @@ def _same_row(a: Cache, b: Cache, name: str, token: str) -> bool:
 
 
 def write_picture(cache: Cache, row: int, path: Path) -> None:
-    """One picture: cameras with depth and boxes, BEV intensity, radar. PNG, or an HTML page that holds it."""
+    """One picture: cameras with depth and boxes, BEV intensity, radar. PNG, or an HTML page with the same in words."""
     from pipelines.plots import encode, sample_picture
+    from pipelines.report_html import Page, figure, pre, table
     from pipelines.sample_view import calibration_lines, read_view
 
     if path.suffix.lower() not in (".png", ".html", ".htm"):
         raise UsageError("the picture is a .png or .html file", found=str(path))
     view = read_view(cache, row)
-    picture = encode(sample_picture(view, summary=[*_summary_lines(cache, row), "", *calibration_lines(view)]))
+    calibration = calibration_lines(view)
+    drawn = sample_picture(view, summary=[*_summary_lines(cache, row), "", *calibration])
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() == ".png":
-        path.write_bytes(picture)
+        path.write_bytes(encode(drawn))
         return
-    import base64
-
-    title = html.escape(f"{cache.path.name} {cache.token(row)}")
-    text = html.escape("\n".join(f"{k}: {v}" for k, v in sample_facts(cache, row).items()))
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    path.write_text(
-        f'<!doctype html><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-        f"<title>{title}</title><h1>{title}</h1>"
-        f'<img style="max-width:100%" src="data:image/png;base64,{base64.b64encode(picture).decode()}"><pre>{text}</pre>'
+    boxes = 0 if view.truth is None else int((view.truth.label >= 0).sum())
+    points = 0 if view.radar is None else len(view.radar["x"])
+    cameras = ", ".join(c.camera.name for c in view.cameras) or "no camera images"
+    alt = (
+        f"Sample {view.token} of {view.scene}: bird's-eye view of LiDAR intensity with {points} radar points, coloured by "
+        f"speed and with arrows, and {boxes} truth boxes; beside it {cameras} with projected LiDAR depth and the boxes"
     )
+    facts = [[name, str(value)] for name, value in sample_facts(cache, row).items()]
+    page = Page(f"{cache.path.name}, {view.scene}", f"sample {view.token}; {view.split}; {view.description}", cache.id)
+    caption = "Ahead is up. Green: truth; depth: near red, far blue."
+    page.add("picture", "Picture", figure(encode(drawn, "webp", 88), "webp", alt, caption, wide=True))
+    page.add("calibration", "Calibration", pre("\n".join(calibration)) if calibration else "")
+    page.add("facts", "Index line", table(["what", "value"], facts, caption="What the index says", text_columns=(1,)))
+    path.write_text(page.render(), encoding="utf-8")
 
 
 def _summary_lines(cache: Cache, row: int) -> Sequence[str]:
     facts = sample_facts(cache, row)
     keys = ("scene", "split", "location", "description", "num_boxes", "num_lidar_points", "num_radar_points", "ego_speed_mps")
-    return [f"{k:<18} {facts[k]}" for k in keys if k in facts]
+    return [f"{k:<18} {f'{v:.1f}' if isinstance(v := facts[k], float) else v}" for k in keys if k in facts]

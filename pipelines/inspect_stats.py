@@ -171,8 +171,8 @@ def statistics_lines(histograms: list[Histogram]) -> list[str]:
     return lines
 
 
-def write_statistics(cache: Cache, rows: NDArray[np.int64], path: Path) -> list[str]:
-    """Histograms and sizes per field as one picture, or as a page with the picture and the table. Returns the lines.
+def write_statistics(cache: Cache, rows: NDArray[np.int64], histograms: list[Histogram], path: Path) -> None:
+    """Histograms and sizes per field as one picture, or as a page with the picture and the table.
 
     Raises:
         UsageError: neither .png nor .html.
@@ -182,20 +182,18 @@ def write_statistics(cache: Cache, rows: NDArray[np.int64], path: Path) -> list[
 
     if path.suffix.lower() not in (".png", ".html", ".htm"):
         raise UsageError("the picture is a .png or .html file", found=str(path))
-    histograms, sizes = cache_histograms(cache, rows), field_sizes(cache)
-    lines = statistics_lines(histograms)
-    drawn = plots.histograms([(h.title, h.unit, h.edges, h.counts) for h in histograms])
+    sizes = field_sizes(cache)
+    drawn = plots.histograms([(h.title, h.unit, h.edges, h.counts) for h in histograms], sizes=sizes)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() == ".png":
         plots.save(drawn, path)
-        return lines
-    weight = plots.bars("stored size", list(sizes), {"KB per sample": list(sizes.values())}, "KB per sample")
+        return
     page = Page(f"Statistics of {cache.path.name}", f"{len(rows):,} samples selected; at most {SAMPLES} were read", cache.id)
     alt = "Histograms: " + ", ".join(h.title for h in histograms)
-    page.add(
-        "histograms", "Histograms", figure(plots.encode(drawn, "webp"), "webp", alt, "Values outside are in the last bars.")
-    )
-    alt = "Stored KB per sample: " + ", ".join(f"{n} {v:.1f}" for n, v in sizes.items())
-    page.add("sizes", "Sizes", figure(plots.encode(weight, "webp"), "webp", alt, "Stored bytes of each field"))
-    page.add("table", "Table", pre("\n".join(lines)))
+    alt += ". Stored KB a sample: " + ", ".join(f"{n} {v:.1f}" for n, v in sizes.items())
+    shown = figure(plots.encode(drawn, "webp"), "webp", alt, "Values outside are in the last bars.", wide=True)
+    page.add("histograms", "Histograms", shown)
+    page.add("table", "Table", pre("\n".join(statistics_lines(histograms))))
+    weight = [f"{name:<24} {size:10.1f} KB a sample" for name, size in sizes.items()]
+    page.add("sizes", "Sizes", pre("\n".join(weight)))
     path.write_text(page.render(), encoding="utf-8")
-    return lines

@@ -277,12 +277,25 @@ def _panels(count: int, columns: int, width_in: float, height_in: float) -> tupl
     return figure, axes
 
 
-def histograms(panels: Sequence[tuple[str, str, NDArray[Any], NDArray[Any]]], columns: int = 3) -> Figure:
-    """Panels (title, unit, bin edges (N + 1,), counts (N,)) as bar histograms."""
-    figure, axes = _panels(len(panels), columns, 4.2, 2.8)
+def histograms(
+    panels: Sequence[tuple[str, str, NDArray[Any], NDArray[Any]]], columns: int = 3, *, sizes: Mapping[str, float] | None = None
+) -> Figure:
+    """Panels (title, unit, bin edges (N + 1,), counts (N,)) as bar histograms; sizes: one more, stored KB a sample by field."""
+    figure, axes = _panels(len(panels) + bool(sizes), columns, 4.2, 2.8)
+    if sizes:
+        ax = axes.pop()
+        ax.barh(np.arange(len(sizes)), list(sizes.values()), color=FOUND[0])
+        ax.set_yticks(np.arange(len(sizes)), list(sizes))
+        ax.invert_yaxis()
+        _style(ax, "stored size", "KB a sample")
+        ax.set_xscale("symlog", linthresh=1)  # bytes of boxes beside megabytes of images
+        ax.tick_params(axis="y", labelsize=max(3.0, min(7.0, 110 / len(sizes))))
     for ax, (title, unit, edges, counts) in zip(axes, panels, strict=True):
         ax.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=FOUND[1], linewidth=0)
         _style(ax, title, unit)
+        if unit == "class":
+            names = [name.replace("_", " ") for name in DETECTION_CLASSES]
+            ax.set_xticks(np.arange(len(names)), names, rotation=50, ha="right")
         if counts.max(initial=0) > 50 * max(np.median(counts), 1):
             ax.set_yscale("log")
     figure.tight_layout()

@@ -14,8 +14,8 @@ from imkd_data.geometry import EGO, GLOBAL, Pose
 from imkd_data.sample import Boxes
 from pipelines.evaluate_detail import confusion, range_table
 from pipelines.report_data import RunFacts, boxes_of_samples, chosen_samples, groups_of, paired_intervals, read_run
-from pipelines.report_html import Page, chart, figure, number, pre, table, text
-from pipelines.sample_view import SampleView, match_boxes, read_view
+from pipelines.report_html import Page, chart, figure, number, pre, side_by_side, table, text
+from pipelines.sample_view import SampleView, is_synthetic, match_boxes, read_view
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
@@ -59,7 +59,8 @@ def make_report(
     page.add("confusion", "Confusion", *_confusions(facts))
     page.add("training", "Training", *(_training(f) for f in facts))
     page.add("cost", "Cost", _cost(facts, stages))
-    page.add("identity", "Identity and commands", _identity(facts, opened), pre("\n".join(commands)) if commands else "")
+    lines = list(dict.fromkeys([*(c for f in facts for c in f.commands), *commands]))
+    page.add("identity", "Identity and commands", _identity(facts, opened), pre("\n".join(lines)) if lines else "")
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part")
@@ -85,7 +86,8 @@ def _subtitle(facts: Sequence[RunFacts], cache: Cache | None) -> str:
     counts = {f.scores["num_samples"] for f in facts if "num_samples" in f.scores}
     parts = [f"{len(facts)} run{'s' if len(facts) != 1 else ''}"]
     parts += [f"{' / '.join(str(c) for c in sorted(counts))} samples scored"] if counts else []
-    parts += [f"{cache.recipe.dataset} {cache.recipe.version}"] if cache is not None else []
+    if cache is not None:
+        parts.append(f"{cache.recipe.dataset} {cache.recipe.version}" + (" (synthetic scenes)" if is_synthetic(cache) else ""))
     return ", ".join(parts)
 
 
@@ -220,18 +222,22 @@ def _sample(view: SampleView, found: Mapping[str, Boxes]) -> str:
     if view.description:
         parts.append(f'<p class="faint">{text(view.description)}</p>')
     rows = [[name, *counts] for name, counts in ((n, _counts(view, b)) for n, b in found.items())]
-    said = "; ".join(f"{r[0]}: {r[1]} found, {r[2]} missed, {r[3]} without truth" for r in rows)
     truth = 0 if view.truth is None else int((view.truth.label >= 0).sum())
-    alt = f"Bird's-eye view of {view.scene}: LiDAR intensity, radar points, {truth} truth boxes. {said}"
-    drawn = plots.side_by_side(view, found) if found else plots.bev_picture(view)
-    parts.append(figure(plots.encode(drawn, "webp"), "webp", alt, "Ahead is up. Green: truth; dotted: motion in one second."))
+    alt = f"Bird's-eye view of {view.scene}: LiDAR intensity, radar points, {truth} truth boxes"
+    note = "Ahead is up. Green: truth; dotted: motion in one second."
+    seen = []
+    for (name, boxes), row in zip(found.items(), rows, strict=True):
+        drawn = plots.encode(plots.side_by_side(view, {name: boxes}), "webp")
+        words = f"{alt}. {name}: {row[1]} found, {row[2]} missed, {row[3]} without truth"
+        seen.append(figure(drawn, "webp", words, f"{name}. {note}"))
+    parts.append(side_by_side(seen or [figure(plots.encode(plots.bev_picture(view), "webp"), "webp", alt, note)]))
     if view.cameras:
         last = list(found)[-1] if found else ""
         shown = view.with_found(**{last: found[last]}) if last else view
         names = ", ".join(c.camera.name for c in view.cameras)
         alt = f"Camera images {names} of {view.scene} with LiDAR depth, truth boxes and boxes of {last or 'no run'}"
         caption = f"Truth (green), {last or 'no run'} (orange), LiDAR depth (near red, far blue)"
-        parts.append(figure(plots.encode(plots.camera_picture(shown), "webp", 74), "webp", alt, caption))
+        parts.append(figure(plots.encode(plots.camera_picture(shown), "webp", 74), "webp", alt, caption, wide=True))
     if rows:
         head = ["run", "found", "missed", "without truth", "mean distance m"]
         parts.append(table(head, rows, caption=f"Boxes with a score of {SHOWN_SCORE} or more, matched within 2 m"))
@@ -312,7 +318,7 @@ def _identity(facts: Sequence[RunFacts], cache: Cache | None) -> str:
         rows.append(["cache", f"{cache.id} ({len(cache)} samples; {splits}; {', '.join(cache.recipe.sensors)})"])
     for f in facts:
         values = {"folder": f.folder.name, "evaluation": f.scores.get("checkpoint"), "scored cache": f.scores.get("cache")}
-        values |= {k: f.meta.get(k) for k in ("name", "method", "step", "weights_sha256", "software", "command")}
+        values |= {k: f.meta.get(k) for k in ("name", "method", "step", "weights_sha256", "software")}
         rows += [[f"{f.name}: {k}", _short(v)] for k, v in values.items() if v not in (None, "", {})]
         rows += [[f"{f.name}: warning", str(line)] for line in f.meta.get("warnings") or ()]
         run = f.meta.get("run")

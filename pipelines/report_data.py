@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from imkd_data.errors import InputDataError, SourceMissingError
 from imkd_data.geometry import Pose
 from imkd_data.sample import Boxes
+from pipelines.commandline import read_commands
 from pipelines.evaluate_detail import Detail, read_detail, resampled_map, sample_badness
 from pipelines.evaluate_tables import iter_results
 from pipelines.submission import RESULTS_FILE, results_to_boxes
@@ -27,7 +28,8 @@ _MAX_JSON = 64 << 20
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RunFacts:
     """One network's folder. meta: checkpoint.json; log: objects of log.jsonl; scores: metrics_summary.json; curves:
-    metrics_details.json; detail: evaluation.npz; parts that are absent are empty or None."""
+    metrics_details.json; detail: evaluation.npz; commands: those that trained and scored it; parts that are absent are empty or
+    None."""
 
     name: str
     folder: Path
@@ -37,6 +39,7 @@ class RunFacts:
     scores: Mapping[str, Any] = field(default_factory=dict)
     curves: Mapping[str, Any] = field(default_factory=dict)
     detail: Detail | None = None
+    commands: tuple[str, ...] = ()
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -104,6 +107,7 @@ def read_run(folder: Path, name: str | None = None) -> RunFacts:
         scores=_json(evaluation / "metrics_summary.json") if evaluation else {},
         curves=_json(evaluation / "metrics_details.json") if evaluation else {},
         detail=detail,
+        commands=read_commands(training.parent, training, *([evaluation] if evaluation else [])),  # a run of stages: the parent
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-__all__ = ["Page", "chart", "figure", "number", "pre", "table"]
+__all__ = ["Page", "chart", "figure", "number", "pre", "side_by_side", "table"]
 
 Line = tuple[Sequence[float], Sequence[float]]
 COLOURS = 6
@@ -46,7 +46,7 @@ def table(
             marked[column] = max(values) if kind == "max" else min(values)
     out = [f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption)}">']
     kind = ' class="sortable"' if sortable else ""
-    out.append(f"<table{kind}><caption>{text(caption)}</caption><thead><tr>")
+    out.append(f"<table{kind}><caption><span>{text(caption)}</span></caption><thead><tr>")
     for i, name in enumerate(head):
         kind = ' class="text"' if i in text_columns else ""
         out.append(f'<th scope="col"{kind}>{text(name)}</th>')
@@ -70,11 +70,19 @@ def pre(value: str) -> str:
     return f'<pre tabindex="0">{text(value)}</pre>'
 
 
-def figure(image: bytes, kind: str, alt: str, caption: str) -> str:
-    """A picture inside the page with its text alternative."""
+def figure(image: bytes, kind: str, alt: str, caption: str, *, wide: bool = False) -> str:
+    """A picture inside the page with its text alternative. wide: of many parts; a narrow screen scrolls it, it does not shrink
+    until nothing can be seen."""
     data = base64.b64encode(image).decode()
-    source = f"data:image/{text(kind)};base64,{data}"
-    return f'<figure><img src="{source}" alt="{text(alt)}"><figcaption>{text(caption)}</figcaption></figure>'
+    shown = f'<img src="data:image/{text(kind)};base64,{data}" alt="{text(alt)}">'
+    if wide:
+        shown = f'<div class="scroll wide" tabindex="0" role="region" aria-label="{text(caption)}">{shown}</div>'
+    return f"<figure>{shown}<figcaption>{text(caption)}</figcaption></figure>"
+
+
+def side_by_side(figures: Sequence[str]) -> str:
+    """Figures in columns where there is room, else below each other."""
+    return f'<div class="pictures">{"".join(figures)}</div>'
 
 
 def _ticks(low: float, high: float, count: int = 4) -> list[float]:

@@ -14,7 +14,7 @@ from imkd_data.classes import DETECTION_CLASSES
 from imkd_data.errors import SourceMissingError
 from imkd_data.sample import Boxes
 from pipelines.predict import Prediction, predict_rows, stream_options
-from pipelines.report_html import Page, figure, table
+from pipelines.report_html import Page, figure, side_by_side, table
 from pipelines.sample_view import SampleView, match_boxes, read_view
 
 if TYPE_CHECKING:
@@ -89,14 +89,18 @@ def view_sample(
 def _boxes_sections(page: Page, view: SampleView, found: Mapping[str, Boxes]) -> None:
     from pipelines import plots
 
-    said = "; ".join(f"{n}: {int((b.score >= 0.25).sum())} boxes of score 0.25 or more" for n, b in found.items())
-    alt = f"Bird's-eye views of {view.scene}, one for each network, truth beside predicted boxes. {said}"
-    page.add("boxes", "Boxes", figure(plots.encode(plots.side_by_side(view, found), "webp"), "webp", alt, "Ahead is up."))
+    seen = []
+    for name, boxes in found.items():
+        sure = int((boxes.score >= 0.25).sum())
+        alt = f"Bird's-eye view of {view.scene}, truth beside the {sure} boxes of {name} with a score of 0.25 or more"
+        drawn = plots.encode(plots.side_by_side(view, {name: boxes}), "webp")
+        seen.append(figure(drawn, "webp", alt, f"{name}. Ahead is up; green: truth."))
+    page.add("boxes", "Boxes", side_by_side(seen))
     if view.cameras:
         last = list(found)[-1]
         picture = plots.encode(plots.camera_picture(view.with_found(**{last: found[last]})), "webp", 76)
         alt = f"Camera images with truth boxes and boxes of {last}"
-        page.add("cameras", "Cameras", figure(picture, "webp", alt, f"Truth (green) and {last} (orange)"))
+        page.add("cameras", "Cameras", figure(picture, "webp", alt, f"Truth (green) and {last} (orange)", wide=True))
     if view.truth is not None:
         head = ["truth box", "distance m", "LiDAR points", "score", "place m", "size (1 - IoU)", "heading rad", "velocity m/s"]
         tables = []
@@ -201,9 +205,10 @@ def _maps_section(page: Page, name: str, meta: Mapping[str, Any], found: Predict
     maps = feature_pictures(found)
     alt = f"Feature maps of {name}: " + ", ".join(maps)
     note = "Mean absolute value over channels; ahead is up; each map on its own scale (1 to 99 %)."
-    parts = [figure(plots.encode(plots.feature_maps(maps), "webp"), "webp", alt, note)]
+    parts = [figure(plots.encode(plots.feature_maps(maps), "webp"), "webp", alt, note, wide=True)]
     weights = method_maps(meta, found)
     if weights:
         alt = f"What the method weighted on this sample: {', '.join(weights)}"
-        parts.append(figure(plots.encode(plots.feature_maps(weights), "webp"), "webp", alt, f"Method {meta.get('method')}"))
+        drawn = plots.encode(plots.feature_maps(weights), "webp")
+        parts.append(figure(drawn, "webp", alt, f"Method {meta.get('method')}", wide=True))
     page.add(f"maps-{name}".replace(" ", "-"), f"Maps of {name}", *parts)

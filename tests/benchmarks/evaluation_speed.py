@@ -1,9 +1,10 @@
 """Seconds and memory of both evaluation engines on a validation set of nuScenes' size, made of random boxes.
 
-    python tests/benchmarks/evaluation_speed.py --out /tmp/speed [--samples 6019] [--boxes 300] [--engine fast|devkit]
+    python tests/benchmarks/evaluation_speed.py --out /tmp/speed [--samples 6019] [--boxes 300] [--engine E] [--report]
 
 Writes tables (31 truth boxes a sample, all ten classes and bicycle racks) and a submission of `boxes` boxes a sample, then
-scores it in a fresh process per engine. Defaults give a submission of 0.7 GB with 1.8 million boxes.
+scores it in a fresh process per engine. Defaults give a submission of 0.7 GB with 1.8 million boxes. `--report`: also makes
+the page of two runs of that size, without pictures (`imkd-data inspect --open` shows what one costs).
 """
 
 from __future__ import annotations
@@ -105,7 +106,21 @@ def _scene(tables, file, rng, names, share, first: int, count: int, boxes: int) 
         file.write((", " if first or k else "") + json.dumps(token) + ": " + json.dumps(entries))
 
 
-def score(out: Path, engine: str) -> None:
+def report(out: Path) -> None:
+    """The page of two runs in this process; prints a line."""
+    from pipelines.report import make_report
+
+    results = out / "fast" / "results.json"
+    if not results.exists():
+        results.symlink_to(out / "results.json")
+    begun = time.perf_counter()
+    page = make_report([("one", out / "fast"), ("two", out / "fast")], out / "report.html")
+    seconds, peak = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    cpu = time.process_time()
+    print(f"report  {seconds:.1f} s wall, {cpu:.1f} s CPU, {peak:.2f} GiB, {page.stat().st_size / 1e6:.2f} MB", flush=True)
+
+
+def score(out: Path, engine: str, detail: bool) -> None:
     """One engine in this process; prints a line."""
     from pipelines.evaluate import evaluate_results
 
@@ -118,7 +133,7 @@ def score(out: Path, engine: str) -> None:
         tokens=tokens,
         out=out / engine,
         engine=engine,  # type: ignore[arg-type]
-        detail=False,
+        detail=detail,
     )
     seconds, peak = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{engine:<7} {len(tokens)} samples  {seconds:7.1f} s  {peak:5.2f} GiB  NDS {summary['nd_score']:.12f}", flush=True)
@@ -131,14 +146,25 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=6019)
     parser.add_argument("--boxes", type=int, default=300)
     parser.add_argument("--engine", action="append", choices=("fast", "devkit"))
-    parser.add_argument("--score-only", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--report", action="store_true", help="the page as well, from the fast engine's files")
+    parser.add_argument("--only", choices=("score", "report"), help=argparse.SUPPRESS)
     a = parser.parse_args()
-    if a.score_only:
-        score(a.out, a.engine[0])
-        return
+    if a.only == "report":
+        return report(a.out)
+    if a.only == "score":
+        return score(a.out, a.engine[0], a.report)
+    a.out = a.out.resolve()
     make(a.out, a.samples, a.boxes)
-    for engine in a.engine or ["fast", "devkit"]:
-        subprocess.run([sys.executable, __file__, "--out", str(a.out), "--engine", engine, "--score-only"], check=True)
+    engines = a.engine or ["fast", "devkit"]
+    if a.report and "fast" not in engines:
+        parser.error("--report reads the files of --engine fast")
+    more = ["--report"] if a.report else []
+    for engine in engines:
+        words = ["--out", str(a.out), "--engine", engine, "--only", "score", *more]
+        subprocess.run([sys.executable, __file__, *words], check=True)
+    if a.report:
+        subprocess.run([sys.executable, __file__, "--out", str(a.out), "--only", "report"], check=True)
+    return None
 
 
 if __name__ == "__main__":

@@ -302,7 +302,11 @@ def test_inspect(cache: Path, tmp_path: Path) -> None:
     assert "equal: same identity" in imkd_data("inspect", cache, "--compare", cache).stdout
     page = imkd_data("inspect", cache, "--open", tmp_path / "a.html")
     text = (tmp_path / "a.html").read_text()
-    assert page.returncode == 0 and "Content-Security-Policy" in text and "<script" not in text
+    assert page.returncode == 0 and "default-src 'none'" in text and "unsafe" not in text and "https:" not in text
+    assert "radar points" in text.split('alt="')[1]
+    done = imkd_data("inspect", cache, "--stats")
+    assert "LiDAR intensity of occupied cells" in done.stdout and "points per sample, RADAR_FRONT" in done.stdout
+    assert imkd_data("inspect", cache, "--open", tmp_path / "a.gif").returncode == 2
 
 
 def test_doctor(world: Path, tmp_path: Path) -> None:

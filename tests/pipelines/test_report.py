@@ -20,6 +20,7 @@ from imkd_data.errors import SourceMissingError
 from imkd_data.geometry import EGO, Camera, Pose
 from imkd_data.sample import Boxes
 from pipelines import plots
+from pipelines.commandline import record_command
 from pipelines.evaluate import evaluate_checkpoint
 from pipelines.report import make_report
 from pipelines.report_data import boxes_of_samples, chosen_samples, paired_intervals, read_run
@@ -152,6 +153,9 @@ def evaluated(line, tmp_path_factory):
     for name, checkpoint in line.students.items():
         shutil.copytree(checkpoint.parent, root / name, symlinks=True)
         evaluate_checkpoint(root / name / "last.ckpt", line.cache, line.tree, root / name / "eval", engine="fast")
+        for words, folder in ((["imkd", "train", "<t>"], root / name), (["imkd", "evaluate", name], root / name / "eval")):
+            record_command(folder, words)
+            record_command(folder, words)
         lines = [
             {"step": s, "loss": 9.0 / s, "l2r<script>": 1.0 / s, "lr": 1e-3, "data_wait": 0.1, "samples_per_s": 2.0, "time": s}
             for s in range(1, 6)
@@ -182,10 +186,14 @@ def test_report_is_complete_escaped_and_self_contained(report: Path) -> None:
     sections = {"summary", "classes", "comparison", "curves", "range", "samples", "confusion", "training", "cost", "identity"}
     assert sections <= set(outline.ids)
     assert len(set(outline.ids)) == len(outline.ids) and {link[1:] for link in outline.links} <= set(outline.ids)
-    assert outline.images == 4
+    assert outline.images == 6  # of two samples: both runs, and the cameras
     assert "<b>student" not in text and "plain &lt;b&gt;student&lt;/b&gt;" in text and "l2r<script>" not in text
-    assert "A &quot;title&quot; &amp; &lt;more&gt;" in text
+    assert "A &quot;title&quot; &amp; &lt;more&gt;" in text and "nuscenes v1.0-mini (synthetic scenes)" in text
     assert len(text) < 3_000_000
+    shown = text[text.index('id="identity"') :]
+    trained = "imkd train &#x27;&lt;t&gt;&#x27;"
+    places = [shown.index(c) for c in (trained, "imkd evaluate student0", "imkd report &lt;x&gt;")]
+    assert places == sorted(places) and shown.count(trained) == 1  # given four times
 
 
 def test_content_policy_names_the_hashes_of_what_is_inside(report: Path) -> None:
@@ -257,9 +265,11 @@ addEventListener("securitypolicyviolation", (e) => document.title += " POLICY " 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 def test_report_in_a_browser(report: Path, tmp_path: Path) -> None:
-    """Loads without console errors or requests; sorting, sample switching and the theme work; nothing is wider than 400 px."""
+    """At 400 px (in a frame: a headless window is at least 500 wide): loads without console errors or requests; sorting, sample
+    switching by keys and the theme work; every picture is shown; nothing is wider."""
     text = report.read_text()
     driver = """
+      addEventListener("load", () => {
       const out = {};
       const table = document.querySelector("#classes ~ div table.sortable");
       const head = table.tHead.rows[0].cells[1].querySelector("button");
@@ -274,6 +284,10 @@ def test_report_in_a_browser(report: Path, tmp_path: Path) -> None:
       out.before = open();
       tabs[0].dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
       out.after = open();
+      out.focused = document.activeElement === tabs[1];
+      tabs[1].dispatchEvent(new KeyboardEvent("keydown", { key: "Home", bubbles: true }));
+      out.home = open();
+      tabs[0].dispatchEvent(new KeyboardEvent("keydown", { key: "End", bubbles: true }));
       out.selected = tabs.map((t) => t.getAttribute("aria-selected"));
       const paper = () => getComputedStyle(document.body).backgroundColor;
       const first = paper();
@@ -283,10 +297,16 @@ def test_report_in_a_browser(report: Path, tmp_path: Path) -> None:
       out.requests = performance.getEntriesByType("resource").filter((e) => !e.name.startsWith("data:")).length;
       out.ready = document.documentElement.dataset.ready;
       out.title = document.title;
-      const probe = document.createElement("pre");
-      probe.id = "probe";
-      probe.textContent = JSON.stringify(out);
-      document.body.append(probe);
+      out.width = innerWidth;
+      out.pictures = [...document.images].map((i) => i.complete && i.naturalWidth > 0);
+      const reached = [...document.querySelectorAll("a[href], button, [tabindex='0']")];
+      out.first = reached[0].className;
+      out.inOrder = reached.every((e) => e.tabIndex <= 0);
+      out.scrolls = [...document.querySelectorAll("*")].filter(
+        (e) => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX === "auto" && e.closest("main")
+      ).every((e) => e.tabIndex === 0);
+      parent.postMessage(JSON.stringify(out), "*");
+      });
     """
     digest = base64.b64encode(hashlib.sha256(driver.encode()).digest()).decode()
     listen = PROBE.strip()[len("<script>") : -len("</script>")]
@@ -295,38 +315,78 @@ def test_report_in_a_browser(report: Path, tmp_path: Path) -> None:
     text = text.replace("<title>", f"<script>{listen}</script><title>").replace("</body>", f"<script>{driver}</script></body>")
     page = tmp_path / "probe.html"
     page.write_text(text)
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--window-size=400,900"]
-    done = subprocess.run(
-        [str(CHROMIUM), *flags, f"--user-data-dir={tmp_path}/profile", "--enable-logging=stderr", "--dump-dom", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=True,
-    )
+    listener = 'addEventListener("message", (e) => { document.getElementById("probe").textContent = e.data; });'
+    frame = tmp_path / "frame.html"
+    shown = '<iframe src="probe.html" width="400" height="900"></iframe>'
+    frame.write_text(f'<!doctype html><pre id="probe"></pre><script>{listener}</script>{shown}')
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--window-size=500,950"]
+    flags += [f"--user-data-dir={tmp_path}/profile", "--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom"]
+    done = subprocess.run([str(CHROMIUM), *flags, frame.as_uri()], capture_output=True, text=True, timeout=240, check=True)
     assert "CONSOLE" not in done.stderr
     found = re.findall(r'<pre id="probe">(\{.*?\})</pre>', done.stdout)
     assert found, done.stdout[-500:]
     value = json.loads(found[-1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
     assert value["sorted"] and value["themes"] and value["ready"] == "yes" and value["requests"] == 0
-    assert value["before"] == [True, False] and value["after"] == [False, True] and value["selected"] == ["false", "true"]
+    assert value["before"] == value["home"] == [True, False] and value["after"] == [False, True] and value["focused"]
+    assert value["selected"] == ["false", "true"] and value["first"] == "skip" and value["inOrder"] and value["scrolls"]
     assert "ERROR" not in value["title"] and "POLICY" not in value["title"]
-    assert value["wide"] <= 500  # headless windows are at least 500 px wide
+    assert value["pictures"] == [True] * 6 and value["wide"] <= value["width"] == 400
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_screenshots_are_taken_by_the_script(tmp_path: Path) -> None:
+    """`docs/take_pictures.py screens`: wide and narrow, light and dark, small enough for a README."""
+    import runpy
+
+    page = Page("A page", "with a table")
+    page.add("a", "A", table(["x", "y"], [["one", 0.5]], caption="c"))
+    (tmp_path / "p.html").write_text(page.render())
+    script = runpy.run_path(str(Path(__file__).resolve().parents[2] / "docs" / "take_pictures.py"))
+    made = script["screens"](tmp_path / "p.html", tmp_path)
+    assert [p.name for p in made] == [f"p-{n}.webp" for n in ("wide", "dark", "narrow", "narrow-dark")]
+    shots = [np.asarray(Image.open(p).convert("L")) for p in made]
+    assert [s.shape[1] for s in shots] == [1280, 1280, 400, 400] and all(p.stat().st_size < 150_000 for p in made)
+    assert [bool(s[-40:, :40].mean() > 128) for s in shots] == [True, False, True, False]  # the page's own paper
+    assert all(s.std() > 2 for s in shots)  # and something on it
 
 
 def test_statistics_as_table_and_page(line, tmp_path: Path) -> None:
-    from pipelines.inspect_stats import cache_histograms, write_statistics
+    from pipelines.inspect_stats import cache_histograms, statistics_lines, write_statistics
 
     cache = open_cache(line.cache)
-    found = {h.title: h for h in cache_histograms(cache, cache.rows())}
+    counted = cache_histograms(cache, cache.rows())
+    found = {h.title: h for h in counted}
     points = sum(len(p) for row in cache.rows().tolist() for p in cache.decode("depth_points", row))
     assert found["LiDAR depth in images"].counts.sum() == points
     boxes = [cache.decode("boxes", row) for row in cache.rows().tolist()]
     assert found["box classes"].counts.sum() == sum(int((b.label >= 0).sum()) for b in boxes)
     assert found["points per sample, RADAR_BACK_LEFT"].counts.sum() == len(cache)
-    lines = write_statistics(cache, cache.rows(), tmp_path / "s.html")
+    write_statistics(cache, cache.rows(), counted, tmp_path / "new" / "s.html")
+    text = (tmp_path / "new" / "s.html").read_text()
     outline = Outline()
-    outline.feed((tmp_path / "s.html").read_text())
-    assert outline.problems == [] and outline.images == 2 and any(line.split()[:1] == ["car"] for line in lines)
+    outline.feed(text)
+    assert outline.problems == [] and outline.images == 1 and {"histograms", "table", "sizes"} <= set(outline.ids)
+    assert any(line.split()[:1] == ["car"] for line in statistics_lines(counted))
+    assert re.search(r"images +\d+\.\d KB a sample", text)
+    write_statistics(cache, cache.rows(), counted, tmp_path / "s.png")
+    panels = -(-(len(counted) + 1) // 3)  # sizes per field are one more
+    assert Image.open(tmp_path / "s.png").size == (1260, 280 * panels)
+
+
+def test_page_of_a_sample_says_what_its_picture_shows(line, tmp_path: Path) -> None:
+    from pipelines.inspect import write_picture
+
+    cache = open_cache(line.cache)
+    row = int(cache.rows()[1])
+    write_picture(cache, row, tmp_path / "new" / "x.html")
+    text = (tmp_path / "new" / "x.html").read_text()
+    outline = Outline()
+    outline.feed(text)
+    assert outline.problems == [] and outline.images == 1 and {"picture", "calibration", "facts"} <= set(outline.ids)
+    truth = int((cache.decode("boxes", row).label >= 0).sum())
+    assert f"{truth} truth boxes" in text and "CAM_BACK_LEFT" in text and cache.token(row) in text
+    write_picture(cache, row, tmp_path / "x.png")
+    assert Image.open(tmp_path / "x.png").size == (1700, 760)
 
 
 def test_calibration_summary_names_every_camera(line) -> None:
