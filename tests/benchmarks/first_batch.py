@@ -1,7 +1,7 @@
 """Seconds to the first batch with 0, 1 and 2 loader workers on a cache with an index as long as the full data set's (34,176
-rows), imports of this process apart; how many bytes a worker is started with; and the CPU time of its start, torch and the rest.
-In turn with them: the same with the row table sent to every worker, as a comparison (a pipe holds 64 KiB, so each start waits for
-the child's imports).
+rows), imports of this process apart; how many bytes a worker is started with; the CPU time of its start, torch and the rest.
+In turn with them: the same with the row table sent to every worker, as a comparison (a pipe holds 64 KiB, so each start waits
+for the child's imports).
 
 python tests/benchmarks/first_batch.py [FOLDER]   (FOLDER/cache is built where it is absent)
 """
