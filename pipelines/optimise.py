@@ -92,8 +92,10 @@ class Ema:
         averaged = [n for n, v in state.items() if n in parameters and v.is_floating_point()]
         copied = [n for n in state if n not in set(averaged)]
         # All tensors at once: on a GPU one by one they are hundreds of launches between two steps.
-        torch._foreach_lerp_([self.shadow[n] for n in averaged], [state[n] for n in averaged], 1 - decay)
-        torch._foreach_copy_([self.shadow[n] for n in copied], [state[n] for n in copied])
+        if averaged:
+            torch._foreach_lerp_([self.shadow[n] for n in averaged], [state[n] for n in averaged], 1 - decay)
+        if copied:
+            torch._foreach_copy_([self.shadow[n] for n in copied], [state[n] for n in copied])
 
     def load(self, shadow: Mapping[str, Tensor]) -> None:
         """Continue from saved averages."""
