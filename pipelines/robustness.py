@@ -103,7 +103,7 @@ class _Bench:
         from pipelines.robustness_late import late_cameras
 
         assert self.dataroot is not None
-        return late_cameras(self.dataroot, self.cache, self.options["image_hw_px"])
+        return late_cameras(self.dataroot, self.cache, self.options["image_hw_px"], self.options["augment"])
 
 
 def _why_not(bench: _Bench, c: Condition) -> str:

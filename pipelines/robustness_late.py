@@ -11,6 +11,7 @@ import numpy as np
 
 from imkd_data.errors import SourceMissingError
 from imkd_data.geometry import rotation_from_quaternion
+from imkd_data.loader.augment import IDENTITY, AugmentConfig, draw_images
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
@@ -42,14 +43,16 @@ def _pose(rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
     return out
 
 
-def late_cameras(dataroot: Path, cache: Cache, image_hw_px: tuple[int, int]) -> Callable[[Batch], Batch]:
+def late_cameras(
+    dataroot: Path, cache: Cache, image_hw_px: tuple[int, int], augment: AugmentConfig = IDENTITY
+) -> Callable[[Batch], Batch]:
     """A change of batches: the current keyframe's images are those of one sweep earlier, with their true poses.
 
-    A camera whose keyframe has no earlier image (a clip's start) keeps its own.
+    augment: that of the batches; it holds the scale of images in evaluation. A camera whose keyframe has no earlier image (a
+    clip's start) keeps its own.
     """
     import torch
 
-    from imkd_data.loader.augment import IDENTITY, draw_images
     from imkd_data.loader.deliver import normalised
     from imkd_data.loader.read import decode_image
 
@@ -57,7 +60,7 @@ def late_cameras(dataroot: Path, cache: Cache, image_hw_px: tuple[int, int]) -> 
     names = [n for n in cache.suite.cameras if n in cache.recipe.sensors]
     sample_row = {token: i for i, token in enumerate(t.sample_token.to_pylist())}
     draw = draw_images(
-        IDENTITY, full_hw_px=cache.suite.image_hw_px, image_hw_px=image_hw_px, cameras=1, seed=0, epoch=0, position=0
+        augment, full_hw_px=cache.suite.image_hw_px, image_hw_px=image_hw_px, cameras=1, seed=0, epoch=0, position=0
     )[0]
 
     def late(token: str, name: str, ego_from_global: np.ndarray) -> tuple[torch.Tensor, np.ndarray] | None:
