@@ -108,15 +108,17 @@ def test_resume_in_bfloat16_is_exact(
     assert run.optim.ema and same(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_two_ranks_in_bfloat16_equal_two_micro_batches(root: Path, cache: Any, tmp_path: Path) -> None:
+def test_two_ranks_in_bfloat16_equal_two_micro_batches(cache: Any, tmp_path: Path) -> None:
     run = toy_run(**LOW, max_steps=1, batch_size=1, global_batch=2)
     train(run, cache, tmp_path / "one", accelerator="cpu")
     script = tmp_path / "two.py"
     script.write_text(
-        "import torch\nfrom pathlib import Path\nfrom toy_training import toy_cache, toy_run\n"
+        "import os, torch\nfrom pathlib import Path\nfrom toy_training import toy_cache, toy_run\n"
         "from pipelines.train import train\ntorch.set_num_threads(1)\n"
         "run = toy_run(precision='bf16-mixed', max_steps=1, batch_size=1, global_batch=2)\n"
-        f"train(run, toy_cache(Path({str(root / 'world')!r})), Path({str(tmp_path / 'two')!r}), accelerator='cpu', devices=2)\n"
+        f"root = Path({str(tmp_path)!r})\n"
+        "world = toy_cache(root / f'world{os.environ[\"RANK\"]}')\n"  # each writes its own: equal, and never half-written
+        "train(run, world, root / 'two', accelerator='cpu', devices=2)\n"
     )
     launch([str(script)], 2)
     one, two = (load_checkpoint(tmp_path / n).training["raw"] for n in ("one", "two"))
