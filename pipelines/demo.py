@@ -163,18 +163,19 @@ def _prepare(out: Path) -> None:
 
 
 def demo_runs(size: DemoSize, seed: int) -> dict[str, Any]:
-    """The three runs: those of ``overfit``, on the train split and the demo's grid, with the demo's numbers of steps."""
+    """The three runs: those of ``overfit``, on the train split and the demo's grid, with the demo's numbers of steps. No plain
+    student is trained here, so the teacher is compared with none."""
     from imkd_models.config import ModelConfig
     from imkd_models.presets import preset_config
     from pipelines.runs import get_run
+    from pipelines.strength import NO_BASELINE
 
     models: tuple[ModelConfig, ...] = tuple(preset_config(name, grid=GRID) for name in ("tiny_lidar", "tiny_label", "tiny"))
     runs = {}
     for stage, model, steps in zip(get_run("overfit").stages, models, size.steps, strict=True):
         loader = replace(stage.loader, split="train")
-        runs[stage.name] = stage.with_values(
-            model=model.as_dict(), max_steps=steps, checkpoint_every=steps, seed=seed, loader=loader, log_every=10
-        )
+        made = stage.with_values(model=model.as_dict(), loader=loader, seed=seed, baseline=NO_BASELINE)
+        runs[stage.name] = made.with_values(max_steps=steps, checkpoint_every=steps, log_every=10)
     return runs
 
 
@@ -333,7 +334,7 @@ def commands(out: Path, size: DemoSize, seed: int) -> list[str]:
         f"imkd train tiny_teacher {run}/teacher",
         f"imkd train tiny_label {run}/label --teacher lidar={out}/teacher/last.ckpt",
         f"imkd train tiny_student {run}/student --method imkd --teacher lidar={out}/teacher/last.ckpt "
-        f"--teacher label={out}/label/last.ckpt",
+        f"--teacher label={out}/label/last.ckpt --set baseline=none",
         f"imkd evaluate --checkpoint {out}/student/last.ckpt {score} --out {out}/student/eval",
         f"imkd view {out} --cache {out}/cache --out {out}/view.html",
         f"imkd report {out}/teacher {out}/student --cache {out}/cache --out {out}/report.html",

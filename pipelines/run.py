@@ -91,8 +91,8 @@ class Run:
     as their stored maps were made, or (``run``) in the run's precision: faster, and another target by its rounding.
     sync_batchnorm: batch statistics over all GPUs. validate_every: steps between validations by the official metric,
     0 = never. checkpoint_every: steps, 0 = at the end of every epoch. baseline: checkpoint of the undistilled student, with
-    which teachers are compared. stages: a run of several networks trains them in order; a stage named ``teacher``, ``label``
-    or ``student`` gives its checkpoint to the later ones.
+    which teachers are compared, or ``none`` where no comparison is meant. stages: a run of several networks trains them in
+    order; a stage named ``teacher``, ``label`` or ``student`` gives its checkpoint to the later ones.
     """
 
     name: str

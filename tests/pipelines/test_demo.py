@@ -13,7 +13,7 @@ from pipelines.demo import OWNED, STAGES, DemoSize, demo_runs, run_demo
 SMALLEST = DemoSize(scenes=2, keyframes=2, image_hw_px=(90, 160), steps=(2, 1, 2))
 
 
-def test_demo_goes_through_every_stage(tmp_path: Path) -> None:
+def test_demo_goes_through_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     events = []
     out = tmp_path / "demo"
     result = run_demo(out, size=SMALLEST, workers=1, progress=events.append)
@@ -25,11 +25,12 @@ def test_demo_goes_through_every_stage(tmp_path: Path) -> None:
         assert official["engine"] == "devkit" and official["num_samples"] == 2
         assert official["meta"]["use_lidar"] is (name == "teacher") and official["meta"]["use_radar"] is (name == "student")
     student = json.loads((out / "student" / "last.ckpt" / "checkpoint.json").read_text())
-    assert student["method"] == "imkd"
+    assert student["method"] == "imkd" and student["warnings"] == []
+    assert "teacher lidar" not in capsys.readouterr().err and "warning" not in (out / "student" / "log.jsonl").read_text()
     stages = json.loads((out / "stages.json").read_text())
     assert [s["name"] for s in stages] == list(STAGES) and all(s["seconds"] > 0 and s["peak_mb"] > 50 for s in stages)
     page = result.report.read_text()
-    assert page.count("<img") == 2 and "CAM_BACK_LEFT" in page and "Bird&#x27;s-eye view" in page
+    assert page.count("<img") == 3 and "CAM_BACK_LEFT" in page and "Bird&#x27;s-eye view" in page
     assert all(f">{s}</th>" in page for s in STAGES)  # the cost table holds every stage, the report itself too
     assert {e.kind for e in events} == {"begin", "step", "end"} and all(0 <= e.share <= 1 for e in events)
     assert sum(e.kind == "end" for e in events) == len(STAGES)
