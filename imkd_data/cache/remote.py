@@ -38,6 +38,7 @@ MARKER = ".imkd-store"
 ATTEMPTS = 5
 ATTEMPTS_AHEAD = 2  # then the read that needs the file tries, and raises
 READ_TIMEOUT_S = 60.0
+ABANDONED_S = 3600.0
 CHUNK = 1 << 20
 
 
@@ -107,12 +108,17 @@ def _sealed(seal: str, name: str) -> Callable[[bytes], None]:
 
 
 def _claim(folder: Path) -> None:
-    """Make the folder ours; a folder that somebody else made is left alone."""
+    """Make the folder ours, without the halves of killed processes; a folder that somebody else made is left alone."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MARKER).exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise UsageError("the store's folder holds something else", found=str(folder), next="set IMKD_STORE")
         (folder / MARKER).touch()
+        for partial in folder.rglob(".*.partial"):
+            if time.time() - partial.stat().st_mtime > ABANDONED_S:
+                partial.unlink(missing_ok=True)
+    except FileNotFoundError:  # finished meanwhile
+        return
     except OSError as error:
         if isinstance(error, ImkdError):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -140,3 +141,20 @@ def test_workers_wait_for_what_is_on_its_way(local: Path, server: Server, tmp_pa
     assert all(map(equal, stream(open_cache(local), 2, **values), stream(far, 2, workers=1, **values)))
     asked = server.data_files()
     assert len(asked) == len(set(asked)) == 4 * len(FIELDS)
+
+
+def test_halves_of_killed_processes(local: Path, server: Server, tmp_path: Path) -> None:
+    """A half of a process that is gone is waited for by nobody, and opening removes it once it is old; a living one's stays."""
+    far = open_remote(server.url, store=tmp_path)
+    folder = far.path / "arrays.zarr/boxes/c/0/0"
+    folder.mkdir(parents=True)
+    gone, old, living = (folder / f".0.{pid}.abc.partial" for pid in (2**22 + 1, os.getpid(), os.getppid()))
+    for path in (gone, old):
+        path.touch()
+    os.utime(old, (0, 0))
+    row = int(far.rows()[0])
+    begun = time.monotonic()
+    assert (far.read("boxes", row) == open_cache(local).read("boxes", row)).all() and time.monotonic() - begun < 20
+    living.touch()
+    open_remote(server.url, store=tmp_path)
+    assert not old.exists() and living.exists()
