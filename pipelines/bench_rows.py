@@ -97,7 +97,12 @@ class Row:
 
 # Weights of the methods, by preset: found on scenes of train that tuning kept back (``--held-in``), then frozen, before any
 # method was scored on val. A preset without an entry uses the methods' own defaults.
-WEIGHTS: dict[str, dict[str, dict[str, float]]] = {}
+WEIGHTS: dict[str, dict[str, dict[str, float]]] = {
+    "tiny": {
+        "imkd": {"lambda_l2r": 0.05, "lambda_l2m": 0.03, "lambda_lab2m": 0.03, "lambda_resp": 1.0},
+        "adaptive_smooth": {"lambda_l2c": 20.0, "lambda_m2m": 20.0, "lambda_srd": 5.0},
+    }
+}
 
 
 def _main(weights: Mapping[str, Mapping[str, Any]]) -> list[Row]:
