@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from imkd_data.errors import UsageError
+from imkd_models.blocks import PointNorm
 from pipelines.run import OptimConfig
 
 __all__ = ["Ema", "in_layout", "lr_factor", "make_optimiser", "synchronised"]
@@ -59,7 +60,8 @@ def lr_factor(config: OptimConfig, step: int, *, total_steps: int, steps_per_epo
 
 
 def synchronised(unit: nn.Module, device: torch.device, world: int) -> None:
-    """Turn every batch normalisation of the unit into one over all ranks, in place; names in the state dict stay.
+    """Turn every batch normalisation of maps into one over all ranks, in place; names in the state dict stay. Norms over points
+    stay each rank's own: a rank without a single return could not take part.
 
     Raises:
         UsageError: on a CPU, where torch has none.
@@ -72,7 +74,10 @@ def synchronised(unit: nn.Module, device: torch.device, world: int) -> None:
             found=device.type,
             next="--set sync_batchnorm=off",
         )
-    nn.SyncBatchNorm.convert_sync_batchnorm(unit)
+    for parent in list(unit.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, PointNorm):
+                setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
     layers = sum(isinstance(m, nn.SyncBatchNorm) for m in unit.modules())
     print(f"batch norm: {layers} layers synchronised over {world} device{'s' if world > 1 else ''}", file=sys.stderr)
 

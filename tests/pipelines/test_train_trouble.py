@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 from memory_cache import MemoryCache
+from torch import nn
 from toy_training import GRID, toy_cache, toy_run
 
 from imkd_data.errors import CacheDamageError, MismatchError, NoProgressError, UsageError
+from imkd_models.blocks import PointNorm
 from imkd_models.checkpoint import load_checkpoint
 from pipelines.guard import lost_rank
-from pipelines.networks import TrainUnit
+from pipelines.networks import TrainUnit, build_networks
+from pipelines.optimise import synchronised
 from pipelines.run import LoaderConfig
 from pipelines.train import train
 
@@ -65,6 +68,19 @@ def test_another_ranks_trouble_stops_this_one_before_its_forward_pass(tmp_path: 
 def test_sync_batchnorm_is_refused_on_a_cpu(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="SyncBatchNorm needs GPUs"):
         train(toy_run(sync_batchnorm=True), toy_cache(tmp_path / "world"), tmp_path / "run", accelerator="cpu")
+
+
+def test_sync_batchnorm_leaves_norms_over_points_alone() -> None:
+    """Conversion needs no GPU, only its forward pass does."""
+    model = build_networks(toy_run("student")).model
+    before = {n: type(m) for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    keys = list(model.state_dict())
+    synchronised(model, torch.device("cuda"), 2)
+    after = dict(model.named_modules())
+    points = {n for n, kind in before.items() if kind is PointNorm}
+    assert points and len(points) < len(before)
+    assert {n for n in before if isinstance(after[n], nn.SyncBatchNorm)} == set(before) - points
+    assert all(type(after[n]) is PointNorm for n in points) and list(model.state_dict()) == keys
 
 
 @pytest.mark.gpu
