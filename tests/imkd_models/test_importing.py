@@ -251,4 +251,5 @@ def test_the_checkpoint_says_what_its_input_was_made_with(tmp_path):
     loaded, meta = load_model(tmp_path / "out")
     assert stream_options(loaded, meta)["lidar_sweeps"] == 10
     assert SOURCES["crn"].loader == {"radar_filter": "crn", "radar_sweeps": 6}
-    assert SOURCES["crkd"].loader == {"radar_filter": "none", "radar_sweeps": 6}
+    assert SOURCES["crkd"].loader["radar_filter"] == "none" and SOURCES["crkd"].loader["radar_sweeps"] == 6
+    assert SOURCES["crkd"].loader["augment"] == {"evaluation_scale": pytest.approx(0.48 / 0.44)}  # CRKD's own scale over ours

@@ -73,7 +73,10 @@ def test_forecast_is_near_a_measured_step(world: Any, kind: str, values: dict[st
     networks = build_networks(run, given, pretrained=False)
     forecast = forecast_memory(networks, run, batch_of(cache, run, networks, 1))
     real = measured(run, cache, given)
-    assert forecast.counted == pytest.approx(real, rel=TOLERANCE)
+    above = (
+        TOLERANCE if run.precision == "32-true" else 0.25
+    )  # gradients are counted beside all that is saved: on the safe side
+    assert (1 - TOLERANCE) * real <= forecast.counted <= (1 + above) * real
 
 
 def test_the_plan_refuses_before_any_step_and_the_advice_fits(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
