@@ -100,7 +100,7 @@ class StudentConfig(ModelConfig):
     history: keyframe offsets, newest first. backbone: a key of camera.BACKBONES; backbone_weights: see
     camera.build_backbone, None = random. depth_*: bins start at depth_min_m. radar_encoder: perspective (CRN, needs cameras) |
     bev (pillars on the BEV grid). geometry_rows: height of a frustum cell from the ``top`` or the ``mean`` valid feature
-    row. fuser_stride: the attention fusers work on a grid coarser by this factor (1 in CRN; 2 for small CPU models).
+    row. fuser_stride: the attention fusers work on a grid coarser by this factor (1 in CRN; more is cheaper and blurs).
     image_neck: stages (SECONDFPN, all four maps side by side) | topdown (BEVFusion's, strides 8 to 32, output at 8).
     depth_net: plain (CRN) | camera_aware (BEVDepth) | linear (BEVFusion) | lidar_points (BEVFusion's with LiDAR; teachers
     only). view: collapsed (CRN: mean over cells that share one row's place) | frustum (every cell has its own place, sums).

@@ -146,7 +146,6 @@ _TINY_STUDENT: dict[str, Any] = {
     "fuser_points": 2,
     "fuser_hidden": 64,
     "fuser_dropout": 0.0,
-    "fuser_stride": 2,
     "sim_attention": "conv",
     "trunk_base": 32,
     "trunk_blocks": (1, 1, 1),
