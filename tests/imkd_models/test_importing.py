@@ -31,7 +31,7 @@ def public_state(source: str, model: nn.Module) -> dict[str, torch.Tensor]:
 
 def small_crn(seed=0) -> StudentDetector:
     torch.manual_seed(seed)
-    options = {"fuser": "deformable", "fuser_stride": 1, "history": (0, -1), "head_branch": 8, "view_convs": 3}
+    options = {"fuser": "deformable", "history": (0, -1), "head_branch": 8, "view_convs": 3}
     return StudentDetector(small_student(**options))
 
 

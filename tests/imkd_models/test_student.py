@@ -19,8 +19,9 @@ from imkd_models.presets import crn_r50_config
 VARIANTS = {
     "concat": {},
     "gated": {"fuser": "gated"},
-    "deformable": {"fuser": "deformable", "fuser_stride": 1},
+    "deformable": {"fuser": "deformable"},
     "intensity": {"fuser": "intensity"},
+    "coarse fuser": {"fuser": "intensity", "fuser_stride": 2},
     "crkd": {"fuser": "gated", "calibration": True, "radar_encoder": "bev", "radar_states": True},
     "calibrated": {"calibration": True, "calibration_init": "residual"},
     "smooth": {"fuser": "heterogeneous", "sim_branch": True, "sim_drop": 0.5},

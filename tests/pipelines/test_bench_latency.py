@@ -20,7 +20,7 @@ from pipelines.run import OptimConfig, Run
 
 SMALL: dict[str, Any] = {"grid": VIEW, "image_hw_px": (32, 64), "depth_bins": 12, "depth_step_m": 1.0}
 FUSERS: dict[str, dict[str, Any]] = {
-    "crn": {"fuser": "deformable", "fuser_stride": 1},
+    "crn": {"fuser": "deformable"},
     "imkd": {"fuser": "intensity"},
     "crkd": {"fuser": "gated", "calibration": True, "radar_encoder": "bev", "radar_states": True},
     "smooth": {"fuser": "heterogeneous", "sim_branch": True, "sim_attention": "deformable"},

@@ -23,7 +23,7 @@ GRID = BevGrid(x_min_m=-51.2, y_min_m=-51.2, cell_m=3.2, nx=32, ny=32)
 
 
 def small_crn(**changes: Any) -> StudentConfig:
-    values: dict[str, Any] = {"grid": GRID, "image_hw_px": (64, 160), "fuser": "deformable", "fuser_stride": 1}
+    values: dict[str, Any] = {"grid": GRID, "image_hw_px": (64, 160), "fuser": "deformable"}
     values |= {"history": (0, -1), "head_branch": 8, "view_convs": 3, "depth_bins": 12, "depth_step_m": 4.0}
     return tiny_config(**{**values, **changes})
 
