@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -32,14 +35,31 @@ def _denser_scans(root: Path) -> None:
         np.save(path, scan.astype(np.float32))
 
 
+def _written_once(root: Path, scenes: int, keyframes: int) -> None:
+    """The toy world at ``root``, whole or not at all: several ranks open the same folder at once."""
+    if (root / "toy.json").is_file():
+        table = json.loads((root / "toy.json").read_text())["scenes"]
+        assert [len(s["keys"]) for s in table.values()] == [keyframes] * scenes, f"another toy world lies in {root}"
+        return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=root.parent) as scratch:
+        made = Path(scratch) / "world"
+        write_toy(made, scenes=scenes, keyframes=keyframes)
+        _denser_scans(made)
+        try:
+            made.rename(root)
+        except OSError:  # a folder is there: another rank's world, or an empty one of a test's own
+            if not (root / "toy.json").is_file():
+                shutil.copytree(made, root, dirs_exist_ok=True)
+
+
 class MemoryCache:
     """Every field of ``names`` for all scenes of a toy world; rows are numbered with a gap after every scene."""
 
     def __init__(
         self, root: Path, *, without: tuple[str, ...] = (), scenes: int = 4, keyframes: int = 5, **recipe: Any
     ) -> None:
-        write_toy(root, scenes=scenes, keyframes=keyframes)
-        _denser_scans(root)
+        _written_once(root, scenes, keyframes)
         self.path, self.suite, self.id = root, SUITE, "memory"
         self.reader = open_toy(root)
         self.fields = {n: f for n, f in ALL.items() if n not in without and n != "lidar_provenance"}
