@@ -79,7 +79,8 @@ def bench_distill(
         trained on scenes that ``held_in`` keeps from the students; the table names their weights.
         steps: optimiser steps by network (lidar, label, fusion, student); settings: ``--set`` values for every run.
         max_runs: stop after so many new runs, for filling the table in several goes. admission: False runs methods on a
-        world and preset that do not pass; the table says so. docs: folder that gets results.json and results.md too.
+        world and preset that do not pass, and the table says so; tuning (held_in) is not asked. docs: folder that gets
+        results.json and results.md too.
 
     Returns:
         The content of ``results.json``: rows, paired, admission, spread, costs.
@@ -151,7 +152,7 @@ def bench_distill(
     cells = _order(plan, tuple(seeds))
     state["total"] = len(cells)
     given = _teachers(bench, plan, None if teachers is None else Path(teachers))
-    must_pass = chosen.admission if admission is None else admission
+    must_pass = chosen.admission and not held_in if admission is None else admission
     new = 0
     for row, seed in cells:
         fresh = not (_folder(bench, row, seed) / "score.json").is_file()
@@ -162,7 +163,7 @@ def bench_distill(
                     "the world and preset do not pass the admission test, so no method is run",
                     rule="bench.admission",
                     found="; ".join(_failed(write_report(root, docs)["admission"])),
-                    next="change the world or the preset (more steps, more scenes), or pass admission=False and say so",
+                    next="change the world or the preset (more steps, more scenes), or pass --no-admission and say so",
                 )
         if fresh and max_runs is not None and new >= max_runs:
             tell(f"stopped after {new} new runs; the same command continues")
@@ -208,9 +209,10 @@ def _remember_command(
     words += [f"--steps {k}={v}" for k, v in steps.items()] + [f"--set {k}={v}" for k, v in settings.items()]
     line = " ".join(words) + (" --no-admission" if admission is False else "") + " --out DIR --docs docs"
     path = root / "commands.json"
-    known = json.loads(path.read_text()) if path.is_file() else []
-    if line not in known:
-        write_json(path, [*known, line])
+    with _held(path, wait=True):
+        known = json.loads(path.read_text()) if path.is_file() else []
+        if line not in known:
+            write_json(path, [*known, line])
 
 
 def _failed(admission: Mapping[str, Any]) -> list[str]:

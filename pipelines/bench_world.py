@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ __all__ = ["make_cache", "make_world", "write_json"]
 def write_json(path: Path, value: Any) -> None:
     """Written beside and renamed, so that a file that is there is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # several processes may fill one benchmark
     part.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
     part.replace(path)
 

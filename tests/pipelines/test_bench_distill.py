@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -206,6 +207,16 @@ def test_admission_waits_for_baselines_of_another_process(fake: dict[str, Any]) 
     assert ("seed0", "imkd") in fake["trained"]
 
 
+def test_commands_started_at_once_are_all_remembered(tmp_path: Path) -> None:
+    def remember(k: int) -> None:
+        bench._remember_command(tmp_path, {"preset": "tiny", "seeds": str(k)}, {}, {}, None)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(remember, [k % 8 for k in range(64)]))
+    lines = json.loads((tmp_path / "commands.json").read_text())
+    assert sorted(lines) == [f"imkd bench distill --preset tiny --seeds {k} --out DIR --docs docs" for k in range(8)]
+
+
 def test_teachers_of_another_benchmark_are_used_and_shown(fake: dict[str, Any], tmp_path: Path) -> None:
     _run(fake, seeds=(0,), methods=("imkd",))
     before = list(fake["trained"])
@@ -284,7 +295,7 @@ def test_settings_are_tried_on_train_scenes_only_and_all_stay_in_the_table(fake:
     tries = ("imkd:lambda_l2m=0.25", "imkd:lambda_l2m=0.5,rho=0.1")
     with pytest.raises(UsageError, match="train scenes only"):
         _run(fake, seeds=(0,), rows=("plain",), tries=tries)
-    report = _run(fake, seeds=(0,), rows=("plain",), tries=tries, held_in=3, admission=False)
+    report = _run(fake, seeds=(0,), rows=("plain",), tries=tries, held_in=3)
     assert {r["method"] for r in report["rows"]} >= {"imkd_twin", *tries}
     gains = {p["method"]: p["against"] for p in report["paired"]}
     assert gains == dict.fromkeys(tries, "imkd_twin")
@@ -293,7 +304,7 @@ def test_settings_are_tried_on_train_scenes_only_and_all_stay_in_the_table(fake:
     assert "--held-in 3 --try imkd:lambda_l2m=0.25 --try imkd:lambda_l2m=0.5,rho=0.1" in report["commands"][-1]
     for wrong in ("nothing:a=1", "imkd:rho", "imkd:no_such_option=1"):
         with pytest.raises(ImkdError):
-            _run(fake, seeds=(0,), rows=("plain",), tries=(wrong,), held_in=3, admission=False)
+            _run(fake, seeds=(0,), rows=("plain",), tries=(wrong,), held_in=3)
 
 
 def test_chosen_rows_bring_their_twins() -> None:
