@@ -153,14 +153,15 @@ def build_networks(run: Run, teachers: Mapping[str, Path | str] | None = None, *
     for teacher in frozen.values():
         teacher.in_float32 = run.teacher_precision == "32-true"
     _check_label_teacher(metas, hashes)
-    check_needs(method.needs_for(options), model, frozen)
+    needs = method.needs_for(options)
+    check_needs(needs, model, frozen)
     if method.prepare is not None:
         method.prepare(options, model, frozen)
     distiller = method.build(options, model, frozen, config.grid)
     return Networks(
         model=model,
         config=config,
-        teachers=frozen,
+        teachers={n: t for n, t in frozen.items() if n in needs.teachers},
         distiller=distiller,
         method=method,
         options=options.as_dict(),

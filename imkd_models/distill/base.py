@@ -40,24 +40,36 @@ HEAD = "head"
 class Needs:
     """Names that a distiller reads: student features, features by teacher, parts of the batch (``BATCH_PARTS``).
 
-    ``head`` stands for the head maps. ``heads_of``: teachers whose head is called as a function (CRD)."""
+    ``head`` stands for the head maps. ``heads_of``: teachers whose head is called as a function (CRD). ``at_start``: what
+    teachers lend before the first step; one that stands there alone does not run in the steps."""
 
     student: tuple[str, ...] = ()
     teachers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     batch: tuple[str, ...] = ()
     heads_of: tuple[str, ...] = ()
+    at_start: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __add__(self, other: Needs) -> Needs:
-        def union(a: Iterable[str], b: Iterable[str]) -> tuple[str, ...]:
-            return tuple(dict.fromkeys((*a, *b)))
-
-        names = union(self.teachers, other.teachers)
         return Needs(
-            student=union(self.student, other.student),
-            teachers={n: union(self.teachers.get(n, ()), other.teachers.get(n, ())) for n in names},
-            batch=union(self.batch, other.batch),
-            heads_of=union(self.heads_of, other.heads_of),
+            student=_union(self.student, other.student),
+            teachers=_united(self.teachers, other.teachers),
+            batch=_union(self.batch, other.batch),
+            heads_of=_union(self.heads_of, other.heads_of),
+            at_start=_united(self.at_start, other.at_start),
         )
+
+    @property
+    def of_teachers(self) -> dict[str, tuple[str, ...]]:
+        """Everything a teacher must offer, in the steps or before them."""
+        return _united(self.teachers, self.at_start)
+
+
+def _union(a: Iterable[str], b: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*a, *b)))
+
+
+def _united(a: Mapping[str, tuple[str, ...]], b: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    return {n: _union(a.get(n, ()), b.get(n, ())) for n in _union(a, b)}
 
 
 def _offers(network: Any) -> tuple[str, ...]:
@@ -96,12 +108,12 @@ def check_needs(needs: Needs, student: Any, teachers: Mapping[str, Any], batch: 
                 next="apply the method's student_changes to the student configuration, or switch the term off",
             )
         )
-    for name, wanted in needs.teachers.items():
+    for name, wanted in needs.of_teachers.items():
         if name not in teachers:
             problems.append(
                 MissingFeatureError(
                     f"the method needs a teacher {name!r}",
-                    expected=", ".join(needs.teachers),
+                    expected=", ".join(needs.of_teachers),
                     found=", ".join(teachers) or "no teacher",
                     next=_ADVICE.get(name, f"pass --teacher {name}=CKPT"),
                 )
@@ -362,11 +374,11 @@ class Method:
     @property
     def teachers(self) -> tuple[str, ...]:
         """Teachers under default options."""
-        return tuple(self.needs.teachers)
+        return tuple(self.needs.of_teachers)
 
     def teachers_for(self, options: Options) -> tuple[str, ...]:
         """Teachers under given options."""
-        return tuple(self.needs_for(options).teachers)
+        return tuple(self.needs_for(options).of_teachers)
 
     def make_options(self, values: Mapping[str, Any] | None = None) -> Any:
         """Options from a dict; ``preset`` names one of ``presets``, other keys override it."""
@@ -386,7 +398,7 @@ class Method:
             "student_changes": self.student_changes,
             "needs": {
                 "student": list(needs.student),
-                "teachers": {k: list(v) for k, v in needs.teachers.items()},
+                "teachers": {k: list(v) for k, v in needs.of_teachers.items()},
                 "batch": list(needs.batch),
             },
             "twin": self.twin,

@@ -107,7 +107,7 @@ def needs_for(options: DualDistillOptions) -> Needs:
     if options.lambda_crd > 0:
         needs += Needs(student=(NECK, HEAD), teachers={"lidar": (NECK, HEAD)}, heads_of=("lidar",))
     if options.head_from_teacher:
-        needs += Needs(student=(HEAD,), teachers={"lidar": (HEAD,)})
+        needs += Needs(student=(HEAD,), at_start={"lidar": (HEAD,)})
     if options.lambda_mfd > 0 and not options.levels:
         raise RecipeError("DualDistill has no level to distil", found="levels=()", next="name levels, or set lambda_mfd=0")
     return needs

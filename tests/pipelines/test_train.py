@@ -24,6 +24,8 @@ from imkd_data.errors import (
 )
 from imkd_data.loader.stream import stream
 from imkd_models.checkpoint import load_checkpoint, load_model
+from imkd_models.distill import METHODS
+from pipelines.networks import build_networks, stream_values
 from pipelines.run import LoaderConfig, OptimConfig, Run
 from pipelines.train import train
 
@@ -235,6 +237,22 @@ def test_label_then_imkd_student(cache: Any, whole: Path, tmp_path: Path) -> Non
     assert not teacher_keys & set(saved.model)
     alone = toy_run("student", method="imkd", max_steps=1, options={"stage2_label": "off"})
     assert "lab2m" not in train(alone, cache, tmp_path / "alone", {"lidar": whole}, accelerator="cpu").losses
+
+
+def test_a_teacher_that_only_lends_its_head_does_not_run_in_the_steps(cache: Any, whole: Path, tmp_path: Path) -> None:
+    """DualDistill's undistilled twin: it starts from the teacher's heads, then neither LiDAR nor teacher is read."""
+    twin = toy_run("student", method="dual_distill", options=dict(METHODS["dual_distill"].twin_options), max_steps=1)
+    with pytest.raises(MissingFeatureError, match="lidar"):
+        build_networks(twin, {})
+    networks = build_networks(twin, {"lidar": whole})
+    assert networks.teachers == {} and set(networks.teacher_sha256) == {"lidar"}
+    assert "lidar_points" not in stream_values(networks)["fields"]
+    theirs = load_model(whole)[0].head.state_dict()
+    same = [torch.equal(v, theirs[k]) for k, v in networks.model.head.state_dict().items() if not k.startswith("shared")]
+    assert same and all(same)
+    distilled = build_networks(twin.with_values(options={}), {"lidar": whole})
+    assert "lidar_points" in stream_values(distilled)["fields"] and set(distilled.teachers) == {"lidar"}
+    assert train(twin, cache, tmp_path / "twin", {"lidar": whole}, accelerator="cpu").step == 1
 
 
 def test_a_label_encoder_of_another_teacher_is_refused(cache: Any, whole: Path, tmp_path: Path) -> None:
