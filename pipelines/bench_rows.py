@@ -64,7 +64,7 @@ PRESETS: dict[str, Preset] = {
             keyframes=20,
             image_hw_px=(450, 800),
             steps={"lidar": 6000, "label": 3000, "fusion": 6000, "student": 4000},
-            networks={n: f"tiny_{run}" for n, run in _SHORT.items()},
+            networks={**{n: f"tiny_{run}" for n, run in _SHORT.items()}, "student": "small_student"},
             settings={"batch_size": 8, "loader.workers": 8, "precision": "bf16-mixed"},
         ),
         # A holder's own nuScenes. Admission asks what a synthetic world is fit for; here the data are what they are.
@@ -101,6 +101,7 @@ WEIGHTS: dict[str, dict[str, dict[str, float]]] = {
     "tiny": {
         "imkd": {"lambda_l2r": 0.05, "lambda_l2m": 0.03, "lambda_lab2m": 0.03, "lambda_resp": 1.0},
         "adaptive_smooth": {"lambda_l2c": 20.0, "lambda_m2m": 20.0, "lambda_srd": 5.0},
+        "dual_distill": {"lambda_mfd": 0.1, "lambda_crd": 0.3},
     }
 }
 

@@ -133,6 +133,12 @@ def bench_student() -> Run:
     return replace(tiny_student(), name="bench_student", summary=summary, model=model)
 
 
+def small_student() -> Run:
+    """Student of the benchmark's ``small`` preset: ``tiny_student`` with CRN's attention as fuser, as ``bench_student``."""
+    summary = "camera-radar student of the benchmark's small preset (CRN's attention as fuser)"
+    return replace(tiny_student(), name="small_student", summary=summary, model=_preset("tiny", fuser="deformable"))
+
+
 def bench_fusion() -> Run:
     """LiDAR-camera teacher of the distillation benchmark."""
     from imkd_models.presets import tiny_config, tiny_fusion_config, tiny_lidar_config
@@ -292,6 +298,7 @@ RUNS: dict[str, Callable[[], Run]] = {
         bench_label,
         bench_student,
         bench_fusion,
+        small_student,
         imkd_r50,
         imkd_r101,
         imkd_convnext_b,
