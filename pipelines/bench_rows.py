@@ -100,6 +100,7 @@ class Row:
 WEIGHTS: dict[str, dict[str, dict[str, float]]] = {
     "tiny": {
         "imkd": {"lambda_l2r": 0.05, "lambda_l2m": 0.03, "lambda_lab2m": 0.03, "lambda_resp": 1.0},
+        "crkd": {"lambda_resp": 0.3},
         "adaptive_smooth": {"lambda_l2c": 20.0, "lambda_m2m": 20.0, "lambda_srd": 5.0},
         "dual_distill": {"lambda_mfd": 0.1, "lambda_crd": 0.3},
     }
