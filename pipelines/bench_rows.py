@@ -51,8 +51,8 @@ PRESETS: dict[str, Preset] = {
             admission=False,
         ),
         # Coarse cells and small images, so that a thousand steps (540 to 590 CPU s of a method) fit where 340 did at 0.8 m and
-        # 128x352. In those 340 the feature terms hardly fell (docs/tuning.md). No augmentation: 23.7 NDS after 500 steps with it, 34.7
-        # after 450 without (20 scenes of 10 keyframes).
+        # 128x352. In those 340 the feature terms hardly fell (docs/tuning.md). No augmentation: 23.7 NDS after 500 steps with
+        # it, 34.7 after 450 without (20 scenes of 10 keyframes).
         Preset(
             name="tiny",
             steps={"lidar": 900, "label": 450, "fusion": 700, "student": 1000},
