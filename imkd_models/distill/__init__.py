@@ -11,11 +11,10 @@ from imkd_models.distill.base import (
     Distiller,
     FrozenTeacher,
     Method,
-    Needs,
-    check_needs,
     gradient_norms,
 )
 from imkd_models.distill.joined import make_method
+from imkd_models.distill.needs import Needs, check_needs
 from imkd_models.distill.options import Options
 
 __all__ = [

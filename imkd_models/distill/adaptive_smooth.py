@@ -20,7 +20,8 @@ from imkd_data.errors import MismatchError, RecipeError
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import Batch, BoxBatch
 from imkd_models.blocks import conv_norm_relu
-from imkd_models.distill.base import HEAD, Distiller, FrozenTeacher, Method, Needs
+from imkd_models.distill.base import Distiller, FrozenTeacher, Method
+from imkd_models.distill.needs import HEAD, Needs
 from imkd_models.distill.options import MethodOptions, option
 from imkd_models.distill.terms import all_sum, head_targets, heatmaps_at, normaliser, quality_focal, smooth_l1
 from imkd_models.head import stacked_box_maps

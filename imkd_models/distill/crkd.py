@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from imkd_data.errors import MismatchError, RecipeError
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import Batch, BoxBatch
-from imkd_models.distill.base import HEAD, Distiller, FrozenTeacher, Method, Needs
+from imkd_models.distill.base import Distiller, FrozenTeacher, Method
+from imkd_models.distill.needs import HEAD, Needs
 from imkd_models.distill.options import MethodOptions, option
 from imkd_models.distill.terms import (
     grown_sizes,

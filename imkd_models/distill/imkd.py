@@ -19,8 +19,9 @@ from imkd_data.errors import MismatchError, RecipeError
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import Batch
 from imkd_models.blocks import BasicBlock, cell_index, conv_norm_relu
-from imkd_models.distill.base import HEAD, Distiller, FrozenTeacher, Method, Needs
+from imkd_models.distill.base import Distiller, FrozenTeacher, Method
 from imkd_models.distill.intensity import CONTROLS, FROM, NORMALISE, PART_OF, SOURCES, IntensityRule, intensity_maps
+from imkd_models.distill.needs import HEAD, Needs
 from imkd_models.distill.options import MethodOptions, option
 from imkd_models.distill.terms import (
     all_mean,

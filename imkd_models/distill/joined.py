@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from imkd_data.errors import RecipeError
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import Batch
-from imkd_models.distill.base import Distiller, FrozenTeacher, Method, Needs
+from imkd_models.distill.base import Distiller, FrozenTeacher, Method
+from imkd_models.distill.needs import Needs
 from imkd_models.distill.options import Options, option
 from imkd_models.outputs import Outputs
 
