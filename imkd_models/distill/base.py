@@ -1,7 +1,7 @@
 """What all distillation methods share: frozen teachers, the distiller itself.
 
-A distiller is a module over (student outputs, teachers' outputs, batch). It declares the names it needs (``needs.py``), which are
-checked before the first step; it runs in float32 with autocast off; nothing of it is in an exported student.
+A distiller is a module over (student outputs, teachers' outputs, batch). It declares the names it needs (``needs.py``),
+which are checked before the first step; it runs in float32 with autocast off; nothing of it is in an exported student.
 """
 
 from __future__ import annotations
