@@ -71,6 +71,7 @@ class ImkdOptions(MethodOptions):
     )
     lambda_resp: float = option(1.0, "weight of the response term", low=0)
     response_box_weight: float = option(0.25, "weight of the box part inside the response term", low=0)
+    response_velocity_weight: float = option(1.0, "factor of the two velocity values in that box part", low=0)
     stage3: bool = option(True, "intensity-guided fuser in the student (runs at inference)")
     stage3_supervision: bool = option(True, "teach the fuser's intensity maps from LiDAR")
     lambda_int: float = option(0.1, "weight of the intensity supervision", low=0)
@@ -176,13 +177,16 @@ def response_loss(
     *,
     form: str = "soft",
     box_weight: float = 0.25,
+    velocity_weight: float = 1.0,
 ) -> Tensor:
     """Response term at and around ground truth (imkd, section 5): t = sigmoid(teacher) x Gaussian.
 
     soft: |t - p|^2 BCE(p, t) over the number of peaks. labeldistill: Gaussian focal with target t, which is never 1.
-    Plus L1 between the ten box values of student and teacher at the true centres.
+    Plus L1 between the ten box values of student and teacher at the true centres, velocity times velocity_weight.
     """
     total, first = [], 0
+    scale = truth.values_BMD.new_ones(10)
+    scale[8:] = velocity_weight
     for ours, theirs in zip(student, teacher, strict=True):
         count = len(ours.classes)
         gaussian = truth.heatmap_BKYX[:, first : first + count]
@@ -195,7 +199,7 @@ def response_loss(
         mine = truth.valid_BM & (truth.channel_BM >= first) & (truth.channel_BM < first + count)
         a = box_values_at(stacked_box_maps(ours), truth.row_BM, truth.column_BM)
         b = box_values_at(stacked_box_maps(theirs), truth.row_BM, truth.column_BM)
-        box = torch.where(mine[..., None], (a - b).abs(), 0.0).sum() / normaliser(mine.sum().float())
+        box = torch.where(mine[..., None], (a - b).abs() * scale, 0.0).sum() / normaliser(mine.sum().float())
         total.append(cells.sum() / peaks + box_weight * box)
         first += count
     return torch.stack(total).sum()
@@ -269,8 +273,8 @@ class Imkd(Distiller):
         if "lab2m" in active:
             out["lab2m"] = o.lambda_lab2m * self._stage2("lab2m", student, teachers["label"], truth, intensity)
         if "resp" in active:
-            raw = response_loss(student.head, lidar.head, truth, form=o.response, box_weight=o.response_box_weight)
-            out["resp"] = o.lambda_resp * raw
+            weights = {"box_weight": o.response_box_weight, "velocity_weight": o.response_velocity_weight}
+            out["resp"] = o.lambda_resp * response_loss(student.head, lidar.head, truth, form=o.response, **weights)
         if "int" in active:
             out["int"] = o.lambda_int * self._supervision(student, intensity["bev_stage1"])
         return out

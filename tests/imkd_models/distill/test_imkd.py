@@ -15,7 +15,7 @@ from imkd_models.distill import METHODS
 from imkd_models.distill.imkd import Adaptor, Imkd, response_loss
 from imkd_models.distill.intensity import IntensityRule, intensity_maps
 from imkd_models.distill.terms import head_targets
-from imkd_models.outputs import Outputs
+from imkd_models.outputs import HeadMaps, Outputs
 
 OFF = {"stage1": False, "stage2_lidar": False, "stage2_label": False, "response": "off", "stage3_supervision": False}
 
@@ -100,6 +100,24 @@ def test_response_is_zero_for_equal_answers_on_the_gaussian() -> None:
         first += count
     assert response_loss(tuple(student), teacher.head, truth) < 1e-8
     assert response_loss(same_head(teacher.head), teacher.head, truth) > 1e-3  # background is pushed to 0
+
+
+def test_velocity_weight_scales_only_velocity_in_the_response() -> None:
+    batch, teacher = fake_batch(), _teachers()["lidar"]
+    truth = head_targets(batch.boxes, GRID, teacher.head)
+    faster = tuple(replace(m, velocity_mps_B2YX=m.velocity_mps_B2YX + 3) for m in teacher.head)
+    equal, one, half, none = (
+        response_loss(head, teacher.head, truth, velocity_weight=w)
+        for head, w in ((teacher.head, 1.0), (faster, 1.0), (faster, 0.5), (faster, 0.0))
+    )
+    assert torch.isclose(none, equal) and torch.isclose(half - none, (one - none) / 2) and one > none + 1
+    groups = sum(int(((truth.channel_BM >= lo) & (truth.channel_BM < hi)).any()) for lo, hi in _spans(teacher.head))
+    assert torch.isclose(one - none, torch.tensor(0.25 * 6.0 * groups), rtol=1e-5)  # 3 m/s in both axes at every box
+
+
+def _spans(head: tuple[HeadMaps, ...]) -> list[tuple[int, int]]:
+    ends = [sum(len(m.classes) for m in head[: i + 1]) for i in range(len(head))]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def test_labeldistill_response_can_only_push_scores_down() -> None:
