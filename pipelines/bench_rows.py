@@ -50,9 +50,9 @@ PRESETS: dict[str, Preset] = {
             steps={"lidar": 2, "label": 2, "fusion": 2, "student": 2},
             admission=False,
         ),
-        # Coarse cells and small images, so that a thousand steps (540 to 590 CPU s of a method) fit where 340 did at 0.8 m and
-        # 128x352. In those 340 the feature terms hardly fell (docs/tuning.md). No augmentation: 23.7 NDS after 500 steps with
-        # it, 34.7 after 450 without (20 scenes of 10 keyframes).
+        # Coarse cells and small images, so that a thousand steps (about twice the plain student's CPU) fit where 340 did at
+        # 0.8 m and 128x352. In those 340 the feature terms hardly fell (docs/tuning.md). No augmentation: 23.7 NDS after 500
+        # steps with it, 34.7 after 450 without (20 scenes of 10 keyframes).
         Preset(
             name="tiny",
             steps={"lidar": 900, "label": 450, "fusion": 700, "student": 1000},
@@ -199,6 +199,7 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "16_rho_0": {"rho": 0.0},
         "16_max_only": {"intensity_max_share": 1.0},
         "16_mean_only": {"intensity_max_share": 0.0},
+        "17_velocity": {"response_velocity_weight": 1.0},
     },
     "crkd": {
         "B1_resp": {"lambda_csrd": 0.0, "lambda_fused": 0.0, "lambda_cam": 0.0, "lambda_rel": 0.0, "calibration": False},
@@ -215,6 +216,7 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "F1_uniform": {"group_weights": "uniform"},
         "F2_static": {"group_weights": "static"},
         "F3_no_velocity": {"velocity_weight": 0.0},
+        "F3_velocity": {"velocity_weight": 1.0},
         "G1_paper": {"preset": "crkd_paper"},
     },
     "adaptive_smooth": {
@@ -347,9 +349,20 @@ def _value(text: str) -> Any:
 
 
 def all_rows(preset: str = "tiny") -> list[Row]:
-    """Every row, in the order of the table, with the weights that are frozen for this preset."""
+    """Every row, in the order of the table, with the weights that are frozen for this preset. An ablation that sets what the
+    method's own row has anyway is left out."""
+    from imkd_models.distill import METHODS
+
     weights = WEIGHTS.get(preset, {})
-    return [*_main(weights), *(_weighted(r, weights) for r in (*_controls(), *_ablations(), *_defects()))]
+    main = _main(weights)
+    own = {r.method: METHODS[r.method].make_options(r.options) for r in main if r.method and r.kind == "method"}
+    others = [_weighted(r, weights) for r in (*_controls(), *_ablations(), *_defects())]
+
+    def repeats(row: Row) -> bool:
+        method = row.method if row.kind == "ablation" else None
+        return method is not None and METHODS[method].make_options(row.options) == own[method]
+
+    return [*main, *(r for r in others if not repeats(r))]
 
 
 def rows_of(

@@ -227,6 +227,17 @@ def test_teachers_of_another_benchmark_are_used_and_shown(fake: dict[str, Any], 
     assert [r["method"] for r in report["rows"]][:1] == ["teacher_lidar"] and "--teachers TEACHERS" in report["commands"][-1]
 
 
+def test_an_ablation_that_is_the_method_itself_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, left, out in (
+        (0.0, "crkd/F3_velocity", "crkd/F3_no_velocity"),
+        (1.0, "crkd/F3_no_velocity", "crkd/F3_velocity"),
+    ):
+        monkeypatch.setitem(bench_rows.WEIGHTS, "tiny", {"crkd": {"velocity_weight": value}})
+        names = {r.name for r in all_rows("tiny")}
+        assert left in names and out not in names
+    assert "imkd/default_weights" not in names and "imkd" in names  # no frozen weights: its own are the defaults
+
+
 def test_frozen_weights_are_below_the_options_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     frozen = {"imkd": {"lambda_resp": 0.5, "lambda_l2m": 0.125}, "crkd": {"lambda_fused": 2.0}}
     monkeypatch.setitem(bench_rows.WEIGHTS, "tiny", frozen)

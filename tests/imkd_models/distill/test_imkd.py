@@ -113,6 +113,8 @@ def test_velocity_weight_scales_only_velocity_in_the_response() -> None:
     assert torch.isclose(none, equal) and torch.isclose(half - none, (one - none) / 2) and one > none + 1
     groups = sum(int(((truth.channel_BM >= lo) & (truth.channel_BM < hi)).any()) for lo, hi in _spans(teacher.head))
     assert torch.isclose(one - none, torch.tensor(0.25 * 6.0 * groups), rtol=1e-5)  # 3 m/s in both axes at every box
+    with_it, without = (_run(_distiller(response_velocity_weight=w))["resp"] for w in (1.0, 0.0))
+    assert with_it > without
 
 
 def _spans(head: tuple[HeadMaps, ...]) -> list[tuple[int, int]]:
