@@ -74,7 +74,10 @@ def _client(engine: Engine, jobs: int) -> Iterator[Any]:
 
 def run_dask(engine: Engine, common: Common, jobs: Sequence[ShardJob]) -> Iterator[Done]:
     """Jobs as Dask tasks ``build-<split>-shard-<n>``, two per worker in flight. Names the sample when a task kills its workers,
-    after all other shards are complete."""
+    after all other shards are complete.
+
+    Dask blames every task that a dead worker held, also those that waited there and those whose result was not yet sent. A
+    blamed shard that was not seen in work is therefore run once more, alone, when all others are through."""
     from distributed import CancelledError, wait
     from distributed.client import FuturesCancelledError
 
@@ -84,6 +87,8 @@ def run_dask(engine: Engine, common: Common, jobs: Sequence[ShardJob]) -> Iterat
     failed: list[ImkdError] = []
     deaths = Deaths(common.out)
     todo = iter(jobs)
+    blamed: list[ShardJob] = []
+    alone: set[int] = set()
     running: dict[Any, ShardJob] = {}
     last = time.monotonic()
     with _client(engine, len(jobs)) as client:
@@ -91,8 +96,11 @@ def run_dask(engine: Engine, common: Common, jobs: Sequence[ShardJob]) -> Iterat
             while True:
                 window = 2 * max(1, _workers(client) or engine.workers)
                 while len(running) < window and (job := next(todo, None)) is not None:
-                    key = f"build-{job.shard.split}-shard-{job.shard.number:05d}-{common.token}"
-                    running[client.submit(_work, packed, job, key=key, pure=False)] = job
+                    running[client.submit(_work, packed, job, key=_key(job, common), pure=False)] = job
+                if not running and blamed:
+                    job = blamed.pop(0)
+                    alone.add(job.shard.number)
+                    running[client.submit(_work, packed, job, key=_key(job, common) + "-alone", pure=False)] = job
                 if not running:
                     break
                 try:
@@ -106,9 +114,11 @@ def run_dask(engine: Engine, common: Common, jobs: Sequence[ShardJob]) -> Iterat
                 for future in [f for f in running if f.done()]:
                     job = running.pop(future)
                     last = time.monotonic()
-                    done = _outcome(future, job, engine, deaths)
+                    done = _outcome(future, job, engine, deaths, certain=job.shard.number in alone)
                     if isinstance(done, Done):
                         yield done
+                    elif done is None:
+                        blamed.append(job)
                     else:
                         failed.append(done)
                     future.release()
@@ -130,14 +140,21 @@ def run_dask(engine: Engine, common: Common, jobs: Sequence[ShardJob]) -> Iterat
         )
 
 
-def _outcome(future: Any, job: ShardJob, engine: Engine, deaths: Deaths) -> Done | ImkdError:
-    """The result, or the error of a shard that kills its workers. Errors of the shard itself are raised."""
+def _key(job: ShardJob, common: Common) -> str:
+    return f"build-{job.shard.split}-shard-{job.shard.number:05d}-{common.token}"
+
+
+def _outcome(future: Any, job: ShardJob, engine: Engine, deaths: Deaths, certain: bool) -> Done | ImkdError | None:
+    """The result, the error of a shard that kills its workers, or None where the shard may only have been beside such a one
+    (``certain``: it was alone). Errors of the shard itself are raised."""
     from distributed import CancelledError, KilledWorker
     from distributed.client import FuturesCancelledError
 
     try:
         return future.result()  # type: ignore[no-any-return]
     except KilledWorker as error:
+        if not certain and not deaths.seen(job.shard.number):
+            return None
         for _ in range(TRIES):
             deaths.add(job.shard.number, None, "worker died (killed, crashed or out of memory)")
         if engine.on_death:

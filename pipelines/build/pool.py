@@ -46,6 +46,10 @@ class Deaths:
         self.of.setdefault(shard, []).append((token, cause))
         return token
 
+    def seen(self, shard: int) -> bool:
+        """Whether a worker that is gone left a note of having this shard in work."""
+        return any(n["shard"] == shard for n in working_notes(self.out))
+
     def count(self, shard: int) -> int:
         return len(self.of.get(shard, ()))
 

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from toy import TOY_FIELDS, open_toy, write_toy
@@ -226,6 +227,40 @@ def test_f33_one_sample_kills_every_worker(world: Path, tmp_path: Path, executor
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 3 and token in errors and "2 of 3 shards are complete" in errors, errors
     assert len(list(out.glob("receipts/*/*.json"))) == 8
+
+
+def test_f33_shards_that_waited_on_a_dead_worker_are_built(world: Path, tmp_path: Path) -> None:
+    """Dask blames every task that a dead worker held. With one worker shard 2 waits behind shard 1, three times."""
+    out = tmp_path / "c"
+    token = open_toy(world).samples("toy-002")[4].token
+    process = build_process(world, out, {"IMKD_FAULT": f"sample@{token}:kill:*"}, executor="dask", workers=1)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 3 and token in errors and "2 of 3 shards are complete" in errors, errors
+    assert "a sample kills every worker" in errors, errors
+
+
+def test_f33_only_a_shard_seen_in_work_or_alone_is_called_deadly(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from distributed import KilledWorker
+    from distributed.scheduler import WorkerState
+
+    from pipelines.build.dask_engine import _outcome
+    from pipelines.build.pool import Deaths
+
+    def result() -> None:
+        raise KilledWorker("build-train-shard-00007", Mock(spec=WorkerState), 2)
+
+    future, engine = SimpleNamespace(result=result), SimpleNamespace(on_death=None)
+    job = SimpleNamespace(shard=SimpleNamespace(number=7, label="train 00007"))
+    assert _outcome(future, job, engine, Deaths(tmp_path), certain=False) is None
+    alone = _outcome(future, job, engine, Deaths(tmp_path), certain=True)
+    assert isinstance(alone, InputDataError) and alone.what.startswith("a shard kills every worker")
+    notes = tmp_path / "logs" / "working"
+    notes.mkdir(parents=True)
+    (notes / "host-1-2.json").write_text(json.dumps({"shard": 7, "position": 4, "token": "abc", "pid": 1}))
+    seen = _outcome(future, job, engine, Deaths(tmp_path), certain=False)
+    assert isinstance(seen, InputDataError) and seen.details["token"] == "abc"
 
 
 def test_f33_quarantine_leaves_only_that_sample_out(world: Path, tmp_path: Path) -> None:
