@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.bench_rows import PUBLISHED_GAIN_NDS, all_rows
-from pipelines.bench_statistics import SceneMatches, holm, paired_t, scene_bootstrap, smallest_detectable
+from pipelines.bench_statistics import F64, SceneMatches, holm, paired_t, scene_bootstrap, scene_draws, smallest_detectable
 
 __all__ = ["admission_test", "markdown", "write_report"]
 
@@ -95,22 +95,29 @@ def _unfinished(rows: Mapping[str, Mapping[int, Score]], admission: Mapping[str,
     return out
 
 
-def _matches(score: Score) -> SceneMatches | None:
-    path = Path(score["folder"]) / "matches.npz"
-    return SceneMatches.load(path) if path.is_file() else None
+def _draws_by_run(scores: Sequence[Score], draws: int) -> dict[tuple[str, int], F64]:
+    """``scene_draws`` of every run whose matches are there, once each: most runs stand in several comparisons."""
+    if not draws:
+        return {}
+    paths = {(s["row"], s["seed"]): Path(s["folder"]) / "matches.npz" for s in scores if s["kind"] != "teacher"}
+    return {key: scene_draws(SceneMatches.load(path), draws=draws) for key, path in paths.items() if path.is_file()}
 
 
 def _paired(
-    rows: Mapping[str, Mapping[int, Score]], name: str, against: str, kind: str, headroom: float, draws: int
+    rows: Mapping[str, Mapping[int, Score]],
+    name: str,
+    against: str,
+    kind: str,
+    headroom: float,
+    drawn: Mapping[tuple[str, int], F64],
 ) -> dict[str, Any] | None:
     seeds = sorted(set(rows.get(name, {})) & set(rows.get(against, {})))
     if not seeds:
         return None
     mine, theirs = rows[name], rows[against]
     t = paired_t([mine[s]["nds"] for s in seeds], [theirs[s]["nds"] for s in seeds])
-    pairs = [(_matches(mine[s]), _matches(theirs[s])) for s in seeds]
-    whole = [(a, b) for a, b in pairs if a is not None and b is not None]
-    low, high = scene_bootstrap(whole, draws=draws) if draws and len(whole) == len(seeds) else (math.nan, math.nan)
+    pairs = [(drawn[name, s], drawn[against, s]) for s in seeds if (name, s) in drawn and (against, s) in drawn]
+    low, high = scene_bootstrap(pairs) if len(pairs) == len(seeds) else (math.nan, math.nan)
     return {
         "method": name,
         "kind": kind,
@@ -181,6 +188,7 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
     scores = sorted(read_scores(out), key=lambda s: (place.get(s["row"], -1), s["row"], s["seed"]))
     rows = _by_row(scores)
     count = draws if draws is not None else (400 if docs is not None else 0)
+    drawn = _draws_by_run(scores, count)
     admission, spread = admission_test(scores), _spread(rows)
     paired = []
     base, teacher = _mean(rows.get("plain", {})), _mean(rows.get("teacher_lidar", {}))
@@ -190,9 +198,9 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
             continue
         if facts.get("twin"):
             kind = "price" if facts["kind"] == "defect" else "distillation"
-            paired.append(_paired(rows, name, facts["twin"], kind, teacher - base, count))
+            paired.append(_paired(rows, name, facts["twin"], kind, teacher - base, drawn))
         if facts["kind"] == "method":
-            paired.append(_paired(rows, name, "plain", "system", teacher - base, count))
+            paired.append(_paired(rows, name, "plain", "system", teacher - base, drawn))
     known = [p for p in paired if p is not None]
     main = {p["method"]: p["p"] for p in known if p["kind"] == "distillation" and p["method"] in PUBLISHED_GAIN_NDS}
     adjusted = holm({k: math.nan if v is None else v for k, v in main.items()})

@@ -29,6 +29,7 @@ __all__ = [
     "holm",
     "paired_t",
     "scene_bootstrap",
+    "scene_draws",
     "smallest_detectable",
     "t_cdf",
     "t_quantile",
@@ -250,20 +251,20 @@ def _tp_errors(values: F64, weight: F64, score: F64, confidence: F64, first: int
     return out
 
 
-def scene_bootstrap(
-    pairs: Sequence[tuple[SceneMatches, SceneMatches]], *, draws: int = 400, seed: int = 0
-) -> tuple[float, float]:
-    """95 % interval of the mean NDS difference (points) over ``pairs`` (method, twin), scenes drawn with replacement.
-
-    The same draw is used for all pairs, so only what scenes do to the difference is left.
-    """
-    if not pairs or pairs[0][0].scenes < 2:
-        return math.nan, math.nan
+def scene_draws(matches: SceneMatches, *, draws: int = 400, seed: int = 0) -> F64:
+    """NDS in points, (draws,): each time other scenes, drawn with replacement. Equal ``seed``: the same scenes for every run,
+    so that only what scenes do to a difference of two runs is left. Empty where there are fewer than two scenes."""
+    n = matches.scenes
+    if n < 2:
+        return np.zeros(0)
     rng = np.random.default_rng(seed)
-    scenes = pairs[0][0].scenes
-    values = []
-    for _ in range(draws):
-        weight = np.bincount(rng.integers(0, scenes, scenes), minlength=scenes).astype(np.float64)
-        values.append(100 * float(np.mean([a.nds(weight) - b.nds(weight) for a, b in pairs])))
-    low, high = np.percentile(values, [2.5, 97.5])
+    weights = [np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64) for _ in range(draws)]
+    return np.array([100 * matches.nds(w) for w in weights])
+
+
+def scene_bootstrap(pairs: Sequence[tuple[F64, F64]]) -> tuple[float, float]:
+    """95 % interval of the mean NDS difference over ``pairs`` (method, twin) of ``scene_draws``; NaN where there are none."""
+    if not pairs or not len(pairs[0][0]):
+        return math.nan, math.nan
+    low, high = np.percentile(np.mean([a - b for a, b in pairs], axis=0), [2.5, 97.5])
     return float(low), float(high)

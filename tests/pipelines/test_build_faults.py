@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -227,6 +228,24 @@ def test_f33_one_sample_kills_every_worker(world: Path, tmp_path: Path, executor
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 3 and token in errors and "2 of 3 shards are complete" in errors, errors
     assert len(list(out.glob("receipts/*/*.json"))) == 8
+
+
+def test_f33_a_blamed_shard_is_run_again_alone(
+    world: Path, tmp_path: Path, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pipelines.build.dask_engine as module
+
+    asked: list[tuple[int, bool]] = []
+    outcome = module._outcome
+
+    def blamed_at_first(future: Any, job: Any, engine: Any, deaths: Any, certain: bool) -> Any:
+        asked.append((job.shard.number, certain))
+        return outcome(future, job, engine, deaths, certain) if certain or job.shard.number == 1 else None
+
+    monkeypatch.setattr(module, "_outcome", blamed_at_first)
+    build_toy(world, tmp_path / "c", executor="dask", workers=1)
+    assert stored(tmp_path / "c") == reference
+    assert sorted(asked[:3]) == [(0, False), (1, False), (2, False)] and sorted(asked[3:]) == [(0, True), (2, True)]
 
 
 def test_f33_shards_that_waited_on_a_dead_worker_are_built(world: Path, tmp_path: Path) -> None:
