@@ -210,26 +210,25 @@ _RECALL = np.linspace(0, 1, 101)
 def _class_score(m: ClassMatches, weight: F64) -> tuple[float, list[float]]:
     """AP over the four distances and the five errors of one class under scene weights."""
     total = float(m.truth @ weight)
-    w = weight[m.scene]
-    if total <= 0 or not (w > 0).any():
+    use = weight[m.scene] > 0
+    if total <= 0 or not use.any():
         return 0.0, [1.0] * len(TP_METRICS)
+    w, score, hits = weight[m.scene[use]], m.score[use], m.hit[:, use]
+    found = np.cumsum(w)
     first = round(100 * CONFIG["min_recall"]) + 1
     aps, errors = [], [1.0] * len(TP_METRICS)
-    for i, threshold in enumerate(CONFIG["dist_ths"]):
-        use = w > 0
-        hit, score, wi = m.hit[i][use], m.score[use], w[use]
+    for threshold, hit, hit_of_all in zip(CONFIG["dist_ths"], hits, m.hit, strict=True):
         if not hit.any():
             aps.append(0.0)
             continue
-        tp, fp = np.cumsum(wi * hit), np.cumsum(wi * ~hit)
+        tp = np.cumsum(w * hit)
         recall = tp / total
-        precision = np.interp(_RECALL, recall, tp / (tp + fp), right=0)
-        confidence = np.interp(_RECALL, recall, score, right=0)
+        precision = np.interp(_RECALL, recall, tp / found, right=0)
         keep = np.maximum(precision[first:] - CONFIG["min_precision"], 0)
         aps.append(float(keep.mean()) / (1 - CONFIG["min_precision"]))
         if threshold == CONFIG["dist_th_tp"]:
-            kept = use[m.hit[i]]
-            errors = _tp_errors(m.errors[:, kept], wi[hit], score[hit], confidence, first)
+            confidence = np.interp(_RECALL, recall, score, right=0)
+            errors = _tp_errors(m.errors[:, use[hit_of_all]], w[hit], score[hit], confidence, first)
     return float(np.mean(aps)), errors
 
 

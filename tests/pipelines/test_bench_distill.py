@@ -95,6 +95,10 @@ def test_table_holds_both_gains_with_intervals_and_holm(fake: dict[str, Any]) ->
     assert gains["imkd", "distillation"]["low"] < 3.0 < gains["imkd", "distillation"]["high"] + 0.2
     assert gains["imkd", "distillation"]["gap_closed"] == pytest.approx(3.0 / 20, abs=0.02)
     assert gains["imkd", "distillation"]["p_holm"] is not None and gains["imkd", "system"]["p_holm"] is None
+    first = gains["imkd", "distillation"]
+    assert first["smallest_detectable_nds"] > first["gain_nds"] - first["low"] > 0, (
+        "a power of 0.8 asks for more than half the interval"
+    )
     assert gains["imkd", "system"]["published_gain_nds"] == 5.0 and gains["crkd", "distillation"]["seeds"] == [0, 1, 2]
     assert {"method", "twin", "seed", "nds", "map", "errors"} <= set(report["rows"][0])
     assert {"row": "imkd", "term": "l2r", "share_of_task": 0.25} in report["pull"]
@@ -105,6 +109,16 @@ def test_table_holds_both_gains_with_intervals_and_holm(fake: dict[str, Any]) ->
     assert "imkd: 3 of 6 seeds" in report["unfinished"]
     assert "**Unfinished, no claim" in (fake["out"] / "docs" / "results.md").read_text()
     assert report["spread"]["seeds"] == 3 and report["spread"]["fine_enough"]
+
+
+def test_a_control_is_compared_with_its_twin_and_with_its_method(fake: dict[str, Any]) -> None:
+    report = _run(fake, blocks=("main", "controls"), methods=("imkd",))
+    gains = {(p["method"], p["against"]): p for p in report["paired"]}
+    assert gains["imkd_occupancy", "imkd_twin"]["kind"] == "distillation"
+    over = gains["imkd", "imkd_occupancy"]
+    assert over["kind"] == "over control" and over["p_holm"] is None and over["seeds"] == [0, 1, 2]
+    expected = gains["imkd", "imkd_twin"]["gain_nds"] - gains["imkd_occupancy", "imkd_twin"]["gain_nds"]
+    assert over["gain_nds"] == pytest.approx(expected, abs=0.002)
 
 
 def test_costs_compare_cpu_time_on_a_cpu_and_time_on_a_gpu() -> None:
