@@ -91,7 +91,7 @@ def _unfinished(rows: Mapping[str, Mapping[int, Score]], admission: Mapping[str,
             if (have := len(rows.get(row, {}))) < MIN_SEEDS:
                 out.append(f"{row}: {have} of {MIN_SEEDS} seeds")
     if len(rows.get("plain", {})) >= MIN_SEEDS and not spread["fine_enough"]:
-        out.append(f"the smallest detectable gain is above {MAX_DETECTABLE:g} NDS")
+        out.append(f"the smallest detectable gain, by the plain student's spread, is above {MAX_DETECTABLE:g} NDS")
     return out
 
 
@@ -116,6 +116,7 @@ def _paired(
         return None
     mine, theirs = rows[name], rows[against]
     t = paired_t([mine[s]["nds"] for s in seeds], [theirs[s]["nds"] for s in seeds])
+    t_map = paired_t([mine[s]["map"] for s in seeds], [theirs[s]["map"] for s in seeds])
     pairs = [(drawn[name, s], drawn[against, s]) for s in seeds if (name, s) in drawn and (against, s) in drawn]
     low, high = scene_bootstrap(pairs) if len(pairs) == len(seeds) else (math.nan, math.nan)
     return {
@@ -127,7 +128,9 @@ def _paired(
         "high": _number(t.high),
         "low_scenes": _number(low),
         "high_scenes": _number(high),
-        "gain_map": _number(float(np.mean([mine[s]["map"] - theirs[s]["map"] for s in seeds]))),
+        "gain_map": _number(t_map.mean),
+        "low_map": _number(t_map.low),
+        "high_map": _number(t_map.high),
         "smallest_detectable_nds": _number(smallest_detectable(t.spread, t.seeds)),
         "p": None if math.isnan(t.p) else t.p,
         "p_holm": None,
@@ -314,6 +317,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             "over scenes",
             "finds",
             "mAP",
+            "over seeds",
             "gap closed",
             "p (Holm)",
             "seeds",
@@ -329,6 +333,7 @@ def markdown(report: Mapping[str, Any]) -> str:
                 _interval(p["low_scenes"], p["high_scenes"]),
                 _show(p["smallest_detectable_nds"]),
                 _show(p["gain_map"], sign=True),
+                _interval(p["low_map"], p["high_map"]),
                 _show(p["gap_closed"]),
                 _show(p["p_holm"], 3),
                 str(len(p["seeds"])),

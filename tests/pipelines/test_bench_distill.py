@@ -99,6 +99,9 @@ def test_table_holds_both_gains_with_intervals_and_holm(fake: dict[str, Any]) ->
     assert first["smallest_detectable_nds"] > first["gain_nds"] - first["low"] > 0, (
         "a power of 0.8 asks for more than half the interval"
     )
+    assert first["low_map"] < first["gain_map"] < first["high_map"] and first["gain_map"] == pytest.approx(
+        first["gain_nds"] / 2, abs=0.002
+    )
     assert gains["imkd", "system"]["published_gain_nds"] == 5.0 and gains["crkd", "distillation"]["seeds"] == [0, 1, 2]
     assert {"method", "twin", "seed", "nds", "map", "errors"} <= set(report["rows"][0])
     assert {"row": "imkd", "term": "l2r", "share_of_task": 0.25} in report["pull"]
