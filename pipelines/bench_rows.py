@@ -176,12 +176,13 @@ def _controls() -> list[Row]:
     return rows
 
 
-# Name -> options, by method: the rows of section 9 or 10 of each specification that differ in training only.
+# Name -> options, by method: the papers' ablation tables and our own, rows that differ in training only. What is not here
+# stands in the table under another name: IMKD's unsupervised stage 3 and DualDistill's head start alone are their twins,
+# DualDistill without head start is `plain`, IMKD without intensity is a control.
 _OFF_IMKD = {"stage1": False, "stage2_lidar": False, "stage2_label": False, "response": "off", "stage3_supervision": False}
 _NO_STAGE3 = {"stage3": False, "stage3_supervision": False}
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "imkd": {
-        "02_stage3_unsupervised": _OFF_IMKD,
         "03_stage3_supervised": {**_OFF_IMKD, "stage3_supervision": True},
         "04_stage1_plain": {**_OFF_IMKD, **_NO_STAGE3, "stage1": True, "intensity_source": "none"},
         "05_stage1_reflectance": {**_OFF_IMKD, **_NO_STAGE3, "stage1": True},
@@ -191,7 +192,6 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "10_source_activation": {"intensity_source": "activation"},
         "11_source_heatmap": {"intensity_source": "heatmap"},
         "12_source_mix": {"intensity_source": "mix"},
-        "13_source_none": {"intensity_source": "none", "stage3_supervision": False},
         "14_from_view": {"intensity_from": "view"},
         "15_receiver_camera": {"receiver": "camera"},
         "15_receiver_radar": {"receiver": "radar"},
@@ -240,7 +240,6 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "09_fp_tail": {"fp_tail": 0.1},
     },
     "dual_distill": {
-        "01_without_head_start": {"lambda_mfd": 0.0, "lambda_crd": 0.0, "head_from_teacher": False},
         "02_mfd": {"lambda_crd": 0.0},
         "04_crd": {"lambda_mfd": 0.0},
         "05_up3conv": {"aligner": "up3conv"},

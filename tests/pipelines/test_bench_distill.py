@@ -79,6 +79,16 @@ def test_every_row_is_a_valid_method_and_has_its_twin() -> None:
         assert a == b, "the twin is the same network"
 
 
+def test_no_run_is_made_twice_under_two_names() -> None:
+    for preset in ("tiny", "small"):
+        seen: dict[str, str] = {}
+        for row in all_rows(preset):
+            options = METHODS[row.method].make_options(row.options) if row.method else None
+            what = repr((row.method, options, row.model))
+            assert what not in seen, f"{row.name} is {seen.get(what)}"
+            seen[what] = row.name
+
+
 def test_baselines_run_first_then_seed_by_seed() -> None:
     order = [(r.name, s) for r, s in bench._order(rows_of(("main",)), (0, 1))]
     baselines = [c for c in order if c[0] in ("plain", "camera_only", "radar_only")]
@@ -261,9 +271,7 @@ def test_frozen_weights_are_below_the_options_of_a_row(monkeypatch: pytest.Monke
     rows = {r.name: dict(r.options) for r in all_rows("tiny")}
     assert rows["imkd"] == frozen["imkd"] and rows["imkd/default_weights"] == {}
     assert rows["imkd_occupancy"] == {**frozen["imkd"], "intensity_control": "occupancy"}
-    assert (
-        rows["imkd/02_stage3_unsupervised"]["lambda_resp"] == 0.5 and rows["imkd/02_stage3_unsupervised"]["response"] == "off"
-    )
+    assert rows["imkd/03_stage3_supervised"]["lambda_resp"] == 0.5 and rows["imkd/03_stage3_supervised"]["response"] == "off"
     assert rows["imkd/08_labeldistill_on_merged"] == {"preset": "labeldistill_on_merged"}, "a method's own preset is whole"
     assert rows["imkd_twin"] == METHODS["imkd"].twin_options and rows["crkd+divide_by_batch"]["lambda_fused"] == 2.0
     assert {r.name: dict(r.options) for r in all_rows("nuscenes")}["imkd"] == {}
