@@ -95,13 +95,15 @@ def plan_run(
 def counted_memory(
     run: Run, cache: Cache, teachers: Mapping[str, Path | str] | None
 ) -> tuple[MemoryForecast, Networks, Stream]:
-    """The forecast of a training step from one sample; the returned networks' statistics have moved."""
+    """The forecast of a training step from one sample, or two where the method looks at a neighbour; the returned networks'
+    statistics have moved."""
     from imkd_data.loader.stream import stream
 
     networks = build_networks(run, teachers, pretrained=False)
     if run.loader.cached_teachers:
         use_cached_teachers(networks, cache)
-    source = stream(cache, 1, **{**loader_values(run, networks, cache), "workers": 0})
+    counted_with = 2 if networks.distiller is not None and networks.distiller.options.neighbours else 1
+    source = stream(cache, counted_with, **{**loader_values(run, networks, cache), "workers": 0})
     return forecast_memory(networks, run, next(iter(source))), networks, source
 
 

@@ -1,7 +1,8 @@
 """Memory of a training step, counted without a GPU and without running its convolutions.
 
-Method. One sample of the cache goes through the run's own forward pass on the CPU: student, losses, frozen teachers, distiller,
-under the run's autocast, with convolutions and matrix products replaced by zeros of their shape. Two sums are taken: ``saved``,
+Method. One sample of the cache (two where a control looks at a neighbour) goes through the run's own forward pass on the CPU:
+student, losses, frozen teachers, distiller, under the run's autocast, with convolutions and matrix products replaced by zeros of
+their shape. Two sums are taken: ``saved``,
 the distinct storages that autograd keeps for the backward pass, and ``working``, the most bytes that live at once beside them,
 teachers' feature maps included; backward needs about as much for the gradients of maps. Both grow with the batch. To them are
 added parameters, buffers, gradients, AdamW's two moments, the averaged copy, teachers, low-precision copies of weights, and the
@@ -124,34 +125,32 @@ def _own(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def forecast_memory(networks: Networks, run: Run, sample: Batch) -> MemoryForecast:
-    """The memory of a step of ``run`` at its batch size and precision (see the module's text). sample: a batch of one, on the
-    CPU. The networks' running statistics change: build them for this alone."""
-    if len(sample.tokens) != 1:
-        raise UsageError("memory is counted with one sample", expected="1", found=str(len(sample.tokens)))
+def forecast_memory(networks: Networks, run: Run, small: Batch) -> MemoryForecast:
+    """The memory of a step of ``run`` at its batch size and precision (see the module's text). small: a batch on the CPU, of
+    one sample unless the method needs more. The networks' running statistics change: build them for this alone."""
     unit = TrainUnit(networks).train()
     teachers = [t for teacher in networks.teachers.values() for t in _own(teacher.network)]
     teachers += [t for network in networks.kept.values() for t in _own(network)]
     ours = [*_own(unit), *teachers]
-    batch = list(batch_tensors(sample).values())
+    batch = list(batch_tensors(small).values())
     live = LiveBytes([*ours, *batch])
     live.weights = {t.untyped_storage()._cdata for t in ours}
     saved = _Saved(live, set(live.known))
     low = nullcontext() if run.precision == "32-true" else torch.autocast("cpu", dtype=torch.bfloat16)
     with live, MacCounter(), torch.autograd.graph.saved_tensors_hooks(saved.pack, _nothing), low:
-        terms = unit(sample)
+        terms = unit(small)
     del terms
     trained = _size(p for p in unit.parameters() if p.requires_grad)
     averaged = _size(networks.model.state_dict().values()) if run.optim.ema else 0
     fixed = _size(_own(unit)) + 3 * trained + averaged + _size(teachers) + live.copies
-    n = run.batch_size
+    n, of = run.batch_size, len(small)
     return MemoryForecast(
         batch_size=n,
         precision=run.precision,
         fixed=fixed,
-        batch=n * _size(batch),
-        saved=n * saved.bytes,
-        working=n * live.peak,
+        batch=n * _size(batch) // of,
+        saved=n * saved.bytes // of,
+        working=n * live.peak // of,
     )
 
 

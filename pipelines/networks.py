@@ -139,6 +139,8 @@ def build_networks(run: Run, teachers: Mapping[str, Path | str] | None = None, *
             )
         return Networks(model=build_model(config, pretrained=pretrained), config=config)
     options = method.make_options(run.options)
+    if options.neighbours and run.batch_size < 2:
+        raise UsageError(f"{', '.join(options.neighbours)} needs a batch of at least 2", found=f"batch_size={run.batch_size}")
     config = config.with_values(**method.changes(options))
     model = build_model(config, pretrained=pretrained)
     wanted = method.teachers_for(options)

@@ -111,6 +111,12 @@ class ImkdOptions(MethodOptions):
         )
 
     @property
+    def neighbours(self) -> tuple[str, ...]:
+        """``teacher_sample=other`` and ``intensity_control=other_sample``."""
+        own = ("intensity_control=other_sample",) if self.intensity_control == "other_sample" else ()
+        return (*super().neighbours, *own)
+
+    @property
     def active(self) -> tuple[str, ...]:
         """Terms that are on, by log name."""
         on = {

@@ -75,6 +75,11 @@ class Options:
             if (low is not None and value < low) or (high is not None and value > high):
                 raise RecipeError(f"option {f.name} out of range", expected=f"{low} to {high}", found=repr(value))
 
+    @property
+    def neighbours(self) -> tuple[str, ...]:
+        """Options as set, ``name=value``, that look at another sample of the batch and so need two of them."""
+        return ()
+
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """Default of every option."""
@@ -117,3 +122,8 @@ class MethodOptions(Options):
         "control: other gives each sample the teachers' outputs of its neighbour in the batch",
         choices=("own", "other"),
     )
+
+    @property
+    def neighbours(self) -> tuple[str, ...]:
+        """``teacher_sample=other``."""
+        return ("teacher_sample=other",) if self.teacher_sample == "other" else ()

@@ -79,6 +79,18 @@ def test_forecast_is_near_a_measured_step(world: Any, kind: str, values: dict[st
     assert (1 - TOLERANCE) * real <= forecast.counted <= (1 + above) * real
 
 
+@pytest.mark.parametrize("control", [{"teacher_sample": "other"}, {"intensity_control": "other_sample"}])
+def test_a_control_that_looks_at_a_neighbour_is_counted_with_one(world: Any, control: dict[str, Any]) -> None:
+    """Its memory is the method's; with batches of one it is refused before any step."""
+    cache, teachers = world
+    run = toy_run("student", method="imkd", options=control)
+    facts, plain = (plan_run(r, cache, teachers, steps=0)["memory"] for r in (run, run.with_values(options={})))
+    assert facts["counted"] == pytest.approx(plain["counted"], rel=0.02)
+    with pytest.raises(UsageError, match="batch of at least 2") as error:
+        plan_run(run.with_values(batch_size=1), cache, teachers, steps=0)
+    assert next(iter(control)) in str(error.value)
+
+
 def test_the_plan_refuses_before_any_step_and_the_advice_fits(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, teachers = world
     run = toy_run("student", method="imkd", batch_size=3)
