@@ -1,12 +1,12 @@
 """Memory of a training step, counted without a GPU and without running its convolutions.
 
 Method. One sample of the cache (two where a control looks at a neighbour) goes through the run's own forward pass on the CPU:
-student, losses, frozen teachers, distiller, under the run's autocast, with convolutions and matrix products replaced by zeros of
-their shape. Two sums are taken: ``saved``,
-the distinct storages that autograd keeps for the backward pass, and ``working``, the most bytes that live at once beside them,
-teachers' feature maps included; backward needs about as much for the gradients of maps. Both grow with the batch. To them are
-added parameters, buffers, gradients, AdamW's two moments, the averaged copy, teachers, low-precision copies of weights, and the
-batch. Not counted: the CUDA context, cuDNN's workspaces and fragmentation; ``bytes`` holds ``MARGIN`` on top for the last two.
+student, losses, frozen teachers, distiller, under the run's autocast, with convolutions and matrix products replaced by zeros
+of their shape. Two sums are taken: ``saved``, the distinct storages that autograd keeps for the backward pass, and
+``working``, the most bytes that live at once beside them, teachers' feature maps included; backward needs about as much for
+the gradients of maps. Both grow with the batch. To them are added parameters, buffers, gradients, AdamW's two moments, the
+averaged copy, teachers, low-precision copies of weights, and the batch. Not counted: the CUDA context, cuDNN's workspaces and
+fragmentation; ``bytes`` holds ``MARGIN`` on top for the last two.
 """
 
 from __future__ import annotations
