@@ -88,13 +88,14 @@ def train_and_score(
         return score
     length = f"{run.max_steps} steps" if run.max_steps else f"{run.epochs} epochs"
     bench.tell(f"{facts['row']} seed {facts['seed']}: training {length}")
+    seen = bench.devices == 1 and not (folder / "train" / "last.ckpt").exists()  # all of its time is spent in this process
     cpu, started = time.process_time(), time.perf_counter()
     if bench.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     losses = _train(bench, run, folder / "train", teachers)
     cost = {
-        "train_seconds": round(time.perf_counter() - started, 2),
-        "cpu_seconds": round(time.process_time() - cpu, 2),
+        "train_seconds": round(time.perf_counter() - started, 2) if seen else None,
+        "cpu_seconds": round(time.process_time() - cpu, 2) if seen else None,
         "seconds_per_step": _seconds_per_step(folder / "train", run.global_batch or run.batch_size),
         "device": bench.device,
         "counted_mib": round(counted_memory(run, bench.cache, teachers)[0].counted / 2**20, 1),

@@ -152,7 +152,8 @@ def _costs(scores: Sequence[Score]) -> list[dict[str, Any]]:
         return score["cost"].get("seconds_per_step")
 
     def cpu(score: Score) -> Any:
-        return score["cost"]["cpu_seconds"] / score["steps"] if score.get("steps") and "cpu_seconds" in score["cost"] else None
+        seconds = score["cost"].get("cpu_seconds")  # none of a run that was continued
+        return seconds / score["steps"] if score.get("steps") and seconds else None
 
     out = []
     for name, runs in rows.items():

@@ -37,9 +37,10 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         calls.setdefault("runs", {})[row if last.name.startswith("seed") else last.name] = run
         calls.setdefault("teachers", {})[row] = sorted(teachers)
         folder = out / "step-1.ckpt"
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "checkpoint.json").write_text(json.dumps({"weights_sha256": out.as_posix(), "step": run.max_steps}))
-        (out / "last.ckpt").symlink_to(folder.name)
+        if not (out / "last.ckpt").exists():
+            (out / "last.ckpt").symlink_to(folder.name)
         return SimpleNamespace(step=run.max_steps, losses={"det": 1.0})
 
     def score(b: Any, checkpoint: Path, folder: Path) -> dict[str, Any]:
@@ -132,6 +133,21 @@ def test_a_control_is_compared_with_its_twin_and_with_its_method(fake: dict[str,
     assert over["kind"] == "over control" and over["p_holm"] is None and over["seeds"] == [0, 1, 2]
     expected = gains["imkd", "imkd_twin"]["gain_nds"] - gains["imkd_occupancy", "imkd_twin"]["gain_nds"]
     assert over["gain_nds"] == pytest.approx(expected, abs=0.002)
+
+
+def test_a_run_that_was_continued_has_no_cost(fake: dict[str, Any]) -> None:
+    """Its first part ran in another process: seed 1 alone would make IMKD look cheap."""
+    train = fake["out"] / "runs" / "imkd" / "seed1" / "train"
+    (train / "last.ckpt").mkdir(parents=True)
+    (train / "last.ckpt" / "checkpoint.json").write_text(json.dumps({"weights_sha256": "half", "step": 500}))
+    _run(fake, seeds=(0, 1), methods=("imkd",))
+    costs = [json.loads((fake["out"] / f"runs/imkd/seed{n}/score.json").read_text())["cost"] for n in (0, 1)]
+    assert costs[0]["cpu_seconds"] is not None and costs[1]["cpu_seconds"] is costs[1]["train_seconds"] is None
+    scores = [
+        {"row": "imkd", "seed": n, "nds": 1.0, "steps": 10, "cost": {"device": "cpu", "cpu_seconds": c}}
+        for n, c in ((0, 30.0), (1, None))
+    ]
+    assert _costs(scores)[0]["cpu_seconds_per_step"] == 3
 
 
 def test_costs_compare_cpu_time_on_a_cpu_and_time_on_a_gpu() -> None:
