@@ -136,6 +136,7 @@ def _paired(
         "p_holm": None,
         "gap_closed": _number(t.mean / headroom) if headroom > 0 else None,
         "published_gain_nds": PUBLISHED_GAIN_NDS.get(name) if kind == "system" else None,
+        "equal_weights": all(mine[s]["weights_sha256"] == theirs[s]["weights_sha256"] for s in seeds),
         "seeds": seeds,
     }
 
@@ -304,8 +305,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         "*distillation* = against the undistilled twin (same network, start, data and steps); *system* = against the "
         "plain student; *price* = a released defect against the corrected row; *over control* = the method against its "
         "control. Two 95 % intervals: paired t over seeds, and bootstrap over val scenes. *finds*: the smallest gain that a "
-        "paired t finds (5 %, power 0.8) with the spread of these differences and as many seeds. Holm corrects over the "
-        "methods of the main table.",
+        "paired t finds (5 %, power 0.8) with the spread of these differences and as many seeds. *same weights*: both "
+        "trainings ended bit for bit alike, so the switch never acted with this preset. Holm corrects over the methods of the "
+        "main table.",
         "",
     ]
     out += _table(
@@ -329,7 +331,7 @@ def markdown(report: Mapping[str, Any]) -> str:
                 p["method"],
                 p["kind"],
                 p["against"],
-                _show(p["gain_nds"], sign=True),
+                "same weights" if p["equal_weights"] else _show(p["gain_nds"], sign=True),
                 _interval(p["low"], p["high"]),
                 _interval(p["low_scenes"], p["high_scenes"]),
                 _show(p["smallest_detectable_nds"]),

@@ -135,6 +135,17 @@ def test_a_control_is_compared_with_its_twin_and_with_its_method(fake: dict[str,
     assert over["gain_nds"] == pytest.approx(expected, abs=0.002)
 
 
+def test_a_defect_that_never_acts_is_said_to_end_in_the_same_weights(fake: dict[str, Any]) -> None:
+    methods = {"blocks": ("main", "defects"), "methods": ("crkd",), "seeds": (0,)}
+    _run(fake, **methods)
+    twin, row = (fake["out"] / f"runs/{n}/seed0/score.json" for n in ("crkd", "crkd+divide_by_batch"))
+    row.write_text(json.dumps(json.loads(row.read_text()) | {"weights_sha256": json.loads(twin.read_text())["weights_sha256"]}))
+    report = _run(fake, **methods, docs=fake["out"] / "docs")
+    same = {p["method"]: p["equal_weights"] for p in report["paired"] if p["kind"] == "price"}
+    assert len(same) > 2 and [k for k, v in same.items() if v] == ["crkd+divide_by_batch"]
+    assert "| crkd+divide_by_batch | price | crkd | same weights |" in (fake["out"] / "docs" / "results.md").read_text()
+
+
 def test_a_run_that_was_continued_has_no_cost(fake: dict[str, Any]) -> None:
     """Its first part ran in another process: seed 1 alone would make IMKD look cheap."""
     train = fake["out"] / "runs" / "imkd" / "seed1" / "train"
