@@ -183,6 +183,24 @@ def test_six_seeds_of_everything_finish_the_table(fake: dict[str, Any]) -> None:
     assert report["unfinished"] == [] and "Unfinished" not in (fake["out"] / "results.md").read_text()
 
 
+def test_a_benchmark_with_independent_materials_stands_beside(fake: dict[str, Any]) -> None:
+    rows = ("plain", "camera_only", "radar_only", "imkd")
+    alone = _run(fake, seeds=(0,), rows=rows)
+    assert alone["independent"] is None
+    other = _run(
+        fake, out=fake["out"] / "independent", materials="independent", seeds=(1,), rows=("plain", "imkd"), admission=False
+    )
+    report = _run(fake, seeds=(0,), rows=rows)
+    assert {k: v for k, v in report.items() if k != "independent"} == {k: v for k, v in alone.items() if k != "independent"}
+    assert report["independent"]["paired"] == other["paired"] and report["independent"]["rows"] == other["rows"]
+    assert {r["seed"] for r in report["rows"] if r["kind"] != "teacher"} == {0}
+    text = (fake["out"] / "results.md").read_text()
+    main, beside = text.split("## The same with `--materials independent`")
+    assert "| imkd | 0 |" in main and "| imkd | 0 |" not in beside and "| imkd | 1 |" in beside
+    assert "--materials independent" in beside and "--no-admission" in beside
+    assert "not shown there: camera+radar above camera only, NDS, camera+radar above radar only, NDS." in beside
+
+
 def test_each_run_gets_exactly_its_teachers(fake: dict[str, Any]) -> None:
     _run(fake, seeds=(0,))
     given = fake["teachers"]
