@@ -71,13 +71,17 @@ def _number(value: float) -> float | None:
 
 
 def _spread(rows: Mapping[str, Mapping[int, Score]]) -> dict[str, Any]:
-    """Seed spread of the plain student and what it lets the benchmark find. Differences of two runs are taken as
-    independent (square root of 2), which pairing can only improve."""
+    """Seed spread of the plain student and what it lets the benchmark find with as many seeds as every row of the main table
+    has (rows not begun left out). Differences of two runs are taken as independent (square root of 2), which pairing can only
+    improve."""
     values = [s["nds"] for s in rows.get("plain", {}).values()]
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-    found = smallest_detectable(math.sqrt(2) * spread, len(values)) if len(values) > 1 else math.nan
+    main = [len(rows[r]) for m in PUBLISHED_GAIN_NDS for r in (m, f"{m}_twin") if rows.get(r)]
+    compared = min([len(values), *main])
+    found = smallest_detectable(math.sqrt(2) * spread, compared) if compared > 1 else math.nan
     return {
         "seeds": len(values),
+        "seeds_compared": compared,
         "mean_nds": _number(float(np.mean(values))) if values else None,
         "spread_nds": _number(spread),
         "smallest_detectable_gain_nds": _number(found),

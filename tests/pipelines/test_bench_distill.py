@@ -21,6 +21,7 @@ from imkd_data.errors import ImkdError, MismatchError, UsageError
 from imkd_models.distill import METHODS
 from pipelines.bench_report import _costs, admission_test
 from pipelines.bench_rows import ABLATIONS, BLOCKS, PRESETS, all_rows, rows_of
+from pipelines.bench_statistics import smallest_detectable
 
 GAIN = {"teacher_lidar": 20.0, "teacher_fusion": 21.0, "camera_only": -5.0, "radar_only": -12.0, "imkd": 3.0, "crkd": 1.0}
 
@@ -199,6 +200,16 @@ def test_a_benchmark_with_independent_materials_stands_beside(fake: dict[str, An
     assert "| imkd | 0 |" in main and "| imkd | 0 |" not in beside and "| imkd | 1 |" in beside
     assert "--materials independent" in beside and "--no-admission" in beside
     assert "not shown there: camera+radar above camera only, NDS, camera+radar above radar only, NDS." in beside
+
+
+def test_further_seeds_of_the_plain_student_alone_do_not_count_for_what_is_found(fake: dict[str, Any]) -> None:
+    rows = ("plain", "camera_only", "radar_only", "imkd")
+    three = _run(fake, seeds=(0, 1, 2), rows=rows)["spread"]
+    assert three["seeds"] == three["seeds_compared"] == 3
+    _run(fake, seeds=tuple(range(10)), rows=("plain",))
+    more = _run(fake, seeds=(0, 1, 2), rows=rows)["spread"]
+    assert more["seeds"] == 10 and more["seeds_compared"] == 3
+    assert more["smallest_detectable_gain_nds"] == pytest.approx(smallest_detectable(2**0.5 * more["spread_nds"], 3), rel=1e-2)
 
 
 def test_each_run_gets_exactly_its_teachers(fake: dict[str, Any]) -> None:
