@@ -60,7 +60,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "main table.",
         "",
     ]
-    out += [*_gains(report["paired"]), "## Scores", "", *_scores(report["rows"])]
+    out += [*_gains(report["paired"]), *_parts(report["paired"]), "## Scores", "", *_scores(report["rows"])]
     out += [
         "## Cost of training",
         "",
@@ -126,6 +126,17 @@ def _gains(paired: Sequence[Mapping[str, Any]]) -> list[str]:
             for p in paired
         ],
     )
+
+
+def _parts(paired: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = ("mAP", "mATE", "mASE", "mAOE", "mAVE", "mAAE")
+    text = "Points of NDS that mAP and each error add to a mean gain over the twin; errors above 1 count as 1."
+    shown = [p for p in paired if p["kind"] == "distillation"]
+    lines = [
+        (p["method"], *(_show(v, sign=True) for v in (p["gain_nds"], *map(p["parts_nds"].get, names))), str(len(p["seeds"])))
+        for p in shown
+    ]
+    return ["## What the gains are made of", "", text, "", *_table(("row", "NDS", *names, "seeds"), lines)] if lines else []
 
 
 def _scores(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -19,7 +19,7 @@ import pipelines.bench_rows as bench_rows
 from imkd_data import open_cache
 from imkd_data.errors import ImkdError, MismatchError, UsageError
 from imkd_models.distill import METHODS
-from pipelines.bench_report import _costs, admission_test
+from pipelines.bench_report import _costs, _parts_nds, admission_test
 from pipelines.bench_rows import ABLATIONS, BLOCKS, PRESETS, all_rows, rows_of
 from pipelines.bench_statistics import smallest_detectable
 
@@ -172,6 +172,26 @@ def test_costs_compare_cpu_time_on_a_cpu_and_time_on_a_gpu() -> None:
         assert costs["plain"]["times_plain"] == 1 and costs["imkd"]["times_plain"] == times
         assert costs["imkd"]["cpu_seconds_per_step"] == 3 and costs["imkd"]["counted_mib"] == 3
         assert costs["imkd"]["peak_mib"] == peak
+
+
+def test_parts_of_a_gain_add_up_to_the_nuscenes_detection_score() -> None:
+    names = list(cell.ERRORS.values())
+    rng = np.random.default_rng(0)
+    mine, theirs = ([_score_of(rng, names) for _ in range(4)] for _ in range(2))
+    mine[0]["errors"]["mAVE"], theirs[1]["errors"]["mAVE"] = 1.4, 1.3  # beyond what the score counts
+    for score in (*mine, *theirs):  # mAP and NDS in points, as in score.json
+        score["nds"] = 100 * (5 * score["map"] / 100 + sum(max(0.0, 1.0 - score["errors"][n]) for n in names)) / 10
+    parts = _parts_nds(mine, theirs)
+    assert set(parts) == {"mAP", *names}
+    gain = np.mean([a["nds"] - b["nds"] for a, b in zip(mine, theirs, strict=True)])
+    assert sum(v for v in parts.values() if v is not None) == pytest.approx(gain, abs=5e-3)
+    assert parts["mAP"] == pytest.approx(
+        np.mean([a["map"] - b["map"] for a, b in zip(mine, theirs, strict=True)]) / 2, abs=1e-3
+    )
+
+
+def _score_of(rng: np.random.Generator, names: list[str]) -> dict[str, Any]:
+    return {"map": rng.uniform(20, 40), "errors": {n: rng.uniform(0.1, 0.9) for n in names}}
 
 
 def test_six_seeds_of_everything_finish_the_table(fake: dict[str, Any]) -> None:
