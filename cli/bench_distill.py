@@ -46,7 +46,13 @@ def _names(text: str | None) -> tuple[str, ...]:
 @click.option("--rows", help="Only these rows and the twins they are compared with.")
 @click.option("--world", type=PATH, help="An existing tree instead of OUT/world.")
 @click.option("--cache", type=PATH, help="Its cache instead of OUT/cache.")
-@click.option("--materials", default="class", show_default=True, type=click.Choice(["class", "independent"]))
+@click.option(
+    "--materials",
+    default="class",
+    show_default=True,
+    type=click.Choice(["class", "independent"]),
+    help="What decides reflectivity. Independent ones with --out OUT/independent stand in OUT's table.",
+)
 @click.option("--accelerator", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--devices", default=1, show_default=True, type=click.IntRange(min=1), help="Devices of every training.")
 @click.option("--engine", default="devkit", show_default=True, type=click.Choice(["devkit", "fast"]))

@@ -162,11 +162,11 @@ def _independent(report: Mapping[str, Any]) -> list[str]:
     return [
         "## The same with `--materials independent`",
         "",
-        "The same scenes, but reflectivity is drawn alike for every class; teachers and students are trained anew (`--out "
-        "DIR/independent`)." + (f" Admission checks not shown there: {', '.join(failed)}." if failed else ""),
+        "The same scenes, but reflectivity is drawn alike for every class; teachers and students are trained anew."
+        + (f" Admission checks not shown there: {', '.join(failed)}." if failed else ""),
         "",
         "```",
-        *report["commands"],
+        *(c.replace("--out DIR --docs docs", "--out DIR/independent") for c in report["commands"]),
         "```",
         "",
         *_gains(report["paired"]),

@@ -218,7 +218,7 @@ def test_a_benchmark_with_independent_materials_stands_beside(fake: dict[str, An
     text = (fake["out"] / "results.md").read_text()
     main, beside = text.split("## The same with `--materials independent`")
     assert "| imkd | 0 |" in main and "| imkd | 0 |" not in beside and "| imkd | 1 |" in beside
-    assert "--materials independent" in beside and "--no-admission" in beside
+    assert "--materials independent" in beside and "--no-admission --out DIR/independent\n" in beside
     assert "not shown there: camera+radar above camera only, NDS, camera+radar above radar only, NDS." in beside
 
 
