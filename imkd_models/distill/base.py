@@ -181,6 +181,9 @@ class Distiller(nn.Module):
             if self.warmup_steps:
                 factor = ((self.step + 1) / self.warmup_steps).clamp(max=1.0)
                 out = {k: v if k in self.warmup_exempt else v * factor for k, v in out.items()}
+            if end_step := getattr(self.options, "end_step", 0):  # times 0: every device keeps the same graph, DDP asks for it
+                acts = (self.step < end_step).float()
+                out = {k: v * acts for k, v in out.items()}
         if self.training:
             self.step += 1
         return out

@@ -122,6 +122,9 @@ class MethodOptions(Options):
         "control: other gives each sample the teachers' outputs of its neighbour in the batch",
         choices=("own", "other"),
     )
+    end_step: int = option(
+        0, "training batch from which no term acts (distillation that ends early, Cho & Hariharan 2019); 0: never", low=0
+    )
 
     @property
     def neighbours(self) -> tuple[str, ...]:

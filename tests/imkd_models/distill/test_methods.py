@@ -106,6 +106,22 @@ def test_control_of_a_teacher_shown_the_wrong_sample_changes_the_terms(name: str
         wrong(fake_batch(batch=1))
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_terms_end_with_their_gradients_at_end_step(name: str) -> None:
+    endless, ending = _fake_step(name).train(), _fake_step(name, end_step=2).train()
+    batch = fake_batch()
+    outputs = endless.student(batch)
+    theirs = {n: t(batch) for n, t in endless.teachers.items()}
+    for _ in range(2):
+        wanted, terms = endless.distiller(outputs, theirs, batch), ending.distiller(outputs, theirs, batch)
+        assert all(torch.allclose(terms[k], wanted[k]) for k in wanted) and any(v > 0 for v in wanted.values())
+    ended = ending.distiller(outputs, theirs, batch)
+    assert ended.keys() == terms.keys() and not any(bool(v) for v in ended.values())
+    sum(ended.values()).backward()
+    given = [p.grad for p in (*endless.student.parameters(), *ending.distiller.parameters()) if p.grad is not None]
+    assert given and not any(bool(g.any()) for g in given)
+
+
 def test_gradient_norms_are_those_of_autograd() -> None:
     step = _fake_step("crkd")
     outputs, terms = step(fake_batch())
