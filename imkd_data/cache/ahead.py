@@ -14,13 +14,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from imkd_data.cache.remote import RemoteCache
+    from imkd_data.cache.remote import Key, RemoteCache
 
 __all__ = ["BATCHES", "IN_FLIGHT", "Ahead"]
 
 IN_FLIGHT = 4
 BATCHES = 64  # looked at in advance
-Key = tuple[str, int]
 
 
 class Ahead:
@@ -33,7 +32,6 @@ class Ahead:
         self._cache, self._fields = cache, tuple(fields)
         self._coming: Iterator[Sequence[int]] = iter(shards)
         self._window: deque[Sequence[int]] = deque()
-        self._wanted: dict[Key, None] = {}  # in the order of need
         self._tried: set[Key] = set()
         self._todo: deque[Key] = deque()
         self._changed, self._closed = threading.Condition(), threading.Event()
@@ -55,14 +53,16 @@ class Ahead:
     def _plan(self) -> None:
         while len(self._window) < BATCHES and (shards := next(self._coming, None)) is not None:
             self._window.append(shards)
-        self._wanted, room = {}, self._cache.limit_bytes
+        wanted: dict[Key, None] = {}  # in the order of need
+        room = self._cache.limit_bytes
         for number in dict.fromkeys(n for shards in self._window for n in shards):
             for name in self._fields:
                 room -= self._cache.size_of(name, number)
                 if room >= 0:
-                    self._wanted[name, number] = None
-        self._tried &= self._wanted.keys()
-        self._todo = deque(key for key in self._wanted if key not in self._tried)
+                    wanted[name, number] = None
+        self._cache.coming[self] = wanted
+        self._tried &= wanted.keys()
+        self._todo = deque(key for key in wanted if key not in self._tried)
 
     def _work(self) -> None:
         while True:
@@ -70,14 +70,15 @@ class Ahead:
                 self._changed.wait_for(lambda: self._todo or self._closed.is_set())
                 if self._closed.is_set():
                     return
-                key, keep = self._todo.popleft(), frozenset(self._wanted)
+                key = self._todo.popleft()
                 self._tried.add(key)
             with contextlib.suppress(Exception):  # the read that needs it tries again, and says what is wrong
-                self._cache.fetch_ahead(*key, keep=keep, closed=self._closed)
+                self._cache.fetch_ahead(*key, closed=self._closed)
 
     def close(self) -> None:
         """Stop: what is on its way is given up at its next bytes."""
         self._closed.set()
+        self._cache.coming.pop(self, None)
         with self._changed:
             self._changed.notify_all()
         for thread in self._threads:

@@ -2,7 +2,8 @@
 
 The store keeps one folder per manifest, ``STORE/<sha256 of manifest.json>``, with the files under their own relative names.
 A file arrives under a dot name, is compared with the sha256 of its receipt (which the manifest seals), and is published by
-rename: what has its final name is whole. Evicted is only what was fetched, least recently opened first. No lock is taken:
+rename: what has its final name is whole. Evicted is only what was fetched: what no coming batch of this process needs goes
+first, least recently opened first. No lock is taken:
 a reader waits for a file that somebody else is fetching for as long as that one's dot name grows, and two that fetch the same
 shard after all publish equal bytes. Streams fetch ahead (``ahead.py``).
 """
@@ -32,6 +33,7 @@ from imkd_data.fields.base import CacheField
 __all__ = ["RemoteCache", "default_store", "is_url", "open_remote"]
 
 T = TypeVar("T")
+Key = tuple[str, int]  # field, number of its shard
 
 DEFAULT_LIMIT = 200 * 2**30
 MARKER = ".imkd-store"
@@ -283,7 +285,9 @@ class RemoteCache(Cache):
     ) -> None:
         self.url, self.store, self.limit_bytes, self.timeout_s = url, store, limit_bytes, timeout_s
         self._source = source
-        self._room, self._coming_bytes = threading.Lock(), 0
+        self._room = threading.Lock()
+        self._on_way: dict[Path, int] = {}  # by dot name, bytes that have been given room
+        self.coming: dict[object, Collection[Key]] = {}  # what each stream's next batches read, in order of need
         super().__init__(folder, own_fields)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -309,36 +313,30 @@ class RemoteCache(Cache):
         """Bytes of a field's shard."""
         return int(self.manifest["fields"][name]["shards"][number][0])
 
-    def fetch_ahead(self, name: str, number: int, *, keep: Collection[tuple[str, int]], closed: threading.Event) -> None:
-        """Fetch a shard unless it is here, on its way, or has no room beside ``keep``. Ends soon after ``closed`` is set.
-        Raises as a read does, after fewer attempts."""
+    def fetch_ahead(self, name: str, number: int, *, closed: threading.Event) -> None:
+        """Fetch a shard of ``coming`` unless it is here, on its way, no longer in it, or has no room beside the rest of it.
+        Ends soon after ``closed`` is set. Raises as a read does, after fewer attempts."""
         with contextlib.suppress(_GivenUp):
-            self._fetch(name, number, self._path(name, number), keep, closed)
+            self._fetch(name, number, self._path(name, number), closed)
 
-    def _fetch(
-        self,
-        name: str,
-        number: int,
-        path: Path,
-        keep: Collection[tuple[str, int]] = (),
-        closed: threading.Event | None = None,
-    ) -> bool:
+    def _fetch(self, name: str, number: int, path: Path, closed: threading.Event | None = None) -> bool:
         """Fetch a shard; false if somebody else is at it or was."""
         size, _, _, seal = self.manifest["fields"][name]["shards"][number]
         relative = layout.receipt_path(Path(), name, number).as_posix()
         partial = _partial(path)
         ahead: dict[str, Any] = {} if closed is None else {"attempts": ATTEMPTS_AHEAD, "callback": _stopping(closed)}
         try:
-            if not self._begun(path, partial, int(size), keep):
+            if not self._begun((name, number), path, partial, int(size), closed is not None):
                 return False
             try:
                 receipt = parse_json(self._source.read(relative, _sealed(seal, relative)), Path(relative))
                 source = str(path.relative_to(self.path))
                 self._source.download(source, partial, size=int(size), sha256=receipt["sha256"], **ahead)
-                os.replace(partial, path)
+                with self._room:  # at once, or it counts twice and another shard goes for it
+                    os.replace(partial, path)
+                    self._on_way.pop(partial)
             finally:
-                with self._room:
-                    self._coming_bytes -= int(size)
+                self._on_way.pop(partial, None)
                 partial.unlink(missing_ok=True)
         except OSError as error:
             if isinstance(error, ImkdError):
@@ -346,20 +344,26 @@ class RemoteCache(Cache):
             raise storage_error(error, path) from error
         return True
 
-    def _begun(self, path: Path, partial: Path, size: int, keep: Collection[tuple[str, int]]) -> bool:
+    def _begun(self, key: Key, path: Path, partial: Path, size: int, ahead: bool) -> bool:
         """Room for a file and the dot name that tells others to wait for it; false where another one stands there."""
         with self._room:
             if path.is_file() or _on_its_way(path, self.timeout_s):
                 return False
-            self._make_room(size + self._coming_bytes, keep)
+            needed: dict[Key, int] = {}
+            for keys in list(self.coming.values()):
+                for rank, other in enumerate(keys):
+                    needed[other] = min(rank, needed.get(other, rank))
+            if ahead and key not in needed:  # its batch has come and gone while this thread waited
+                raise _GivenUp
+            self._make_room(size + sum(list(self._on_way.values())), needed, ahead)
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.touch()
-            self._coming_bytes += size
+            self._on_way[partial] = size
         return True
 
-    def _make_room(self, needed: int, keep: Collection[tuple[str, int]]) -> None:
-        """Remove the least recently opened shards until ``needed`` more bytes fit. With ``keep`` nothing of it goes, and
-        _GivenUp is raised where that is not enough."""
+    def _make_room(self, wanted: int, needed: dict[Key, int], ahead: bool) -> None:
+        """Remove shards until ``wanted`` more bytes fit: first those that no coming batch needs, least recently opened first,
+        then those needed last. Of the latter none goes for a fetch ahead: _GivenUp is raised where they leave no room."""
         files = []
         for name in self.fields:
             for number in range(len(self.shards)):
@@ -368,15 +372,15 @@ class RemoteCache(Cache):
                     stat = path.stat()
                 except OSError:
                     continue
-                files.append((stat.st_mtime_ns, stat.st_size, (name, number), path))
-        total = sum(size for _, size, _, _ in files)
-        if keep and sum(size for _, size, key, _ in files if key in keep) + needed > self.limit_bytes:
+                rank = needed.get((name, number))
+                order = (0, stat.st_mtime_ns) if rank is None else (1, -rank)
+                files.append((order, stat.st_size, (name, number), path))
+        if ahead and sum(size for order, size, _, _ in files if order[0]) + wanted > self.limit_bytes:
             raise _GivenUp
+        total = sum(size for _, size, _, _ in files)
         for _, size, key, path in sorted(files, key=lambda f: f[0]):
-            if total + needed <= self.limit_bytes:
+            if total + wanted <= self.limit_bytes:
                 return
-            if key in keep:
-                continue
             path.unlink(missing_ok=True)  # open descriptors of other workers stay readable
             with self._lock:
                 self._files.pop(key, None)  # the descriptor closes with its last reader

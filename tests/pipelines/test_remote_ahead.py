@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -96,8 +97,19 @@ def test_an_abandoned_stream_leaves_no_threads_and_no_halves(local: Path, server
     assert not fetching() and until(lambda: not list(tmp_path.rglob("*.partial")))
 
 
-def test_the_limit_holds_and_nothing_that_is_needed_next_is_evicted(local: Path, server: Server, tmp_path: Path) -> None:
-    """Room for little more than one of four shards: still each file comes once, because they are read in order."""
+@pytest.mark.parametrize("late_s", [(0.0,), (0.0, 0.0, 0.05, 0.2)])
+def test_the_limit_holds_and_nothing_that_is_needed_next_is_evicted(
+    local: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late_s: tuple[float, ...]
+) -> None:
+    """Room for little more than one of four shards: still each file comes once, because they are read in order, also where
+    the threads that fetch ahead are overtaken by the reader."""
+    pauses, prompt = random.Random(3), remote.RemoteCache.fetch_ahead
+
+    def late(self: remote.RemoteCache, *key: Any, **values: Any) -> None:
+        time.sleep(pauses.choice(late_s))
+        prompt(self, *key, **values)
+
+    monkeypatch.setattr(remote.RemoteCache, "fetch_ahead", late)
     near = open_cache(local)
     sizes = [[e[0] for e in near.manifest["fields"][f]["shards"]] for f in FIELDS]
     limit = int(1.6 * max(map(sum, zip(*sizes, strict=True))))
@@ -110,6 +122,84 @@ def test_the_limit_holds_and_nothing_that_is_needed_next_is_evicted(local: Path,
     assert max(seen) <= limit and used(far.path) <= limit
     asked = server.data_files()
     assert len(asked) == len(set(asked)) == 4 * len(FIELDS)
+
+
+def by_size(server: Server, folder: Path) -> list[tuple[str, int]]:
+    """The four shards of a field, smallest first: where one goes, any before it fits."""
+    far = open_remote(server.url, store=folder)
+    return sorted((("boxes", n) for n in range(4)), key=lambda key: far.size_of(*key))
+
+
+def with_room_for(keys: list[tuple[str, int]], server: Server, folder: Path) -> remote.RemoteCache:
+    far = open_remote(server.url, store=folder)
+    return open_remote(server.url, store=folder, limit_bytes=sum(far.size_of(*key) for key in keys))
+
+
+def fetch(far: remote.RemoteCache, *keys: tuple[str, int]) -> None:
+    for key in keys:
+        far.fetch_ahead(*key, closed=threading.Event())
+
+
+def read(far: remote.RemoteCache, key: tuple[str, int]) -> None:
+    far.read(key[0], 5 * key[1])  # five rows per shard
+
+
+def held(far: remote.RemoteCache) -> set[tuple[str, int]]:
+    return {(name, n) for name in FIELDS for n in range(4) if far._path(name, n).is_file()}
+
+
+def test_a_read_takes_its_room_from_what_no_batch_needs(server: Server, tmp_path: Path) -> None:
+    """A shard that was fetched ahead and not opened yet is the least recently opened; it went first, and was fetched twice."""
+    now, ahead, before, _ = by_size(server, tmp_path)
+    far = with_room_for([ahead, before], server, tmp_path)
+    far.coming["a stream"] = (ahead,)
+    fetch(far, ahead)
+    os.utime(far._path(*ahead), (0, 0))
+    read(far, before)
+    read(far, now)
+    assert held(far) == {ahead, now}
+
+
+def test_a_read_takes_what_is_needed_last_where_nothing_else_is_there(server: Server, tmp_path: Path) -> None:
+    now, also, first, last = by_size(server, tmp_path)
+    far = with_room_for([first, last], server, tmp_path)
+    far.coming["a stream"], far.coming["another"] = (first, last), (last, also)
+    fetch(far, last, first, also)
+    assert held(far) == {first, last}  # also needed, and no room beside what is
+    far.coming["another"] = ()
+    read(far, now)
+    assert held(far) == {now, first}
+
+
+def test_a_shard_that_arrives_counts_once(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its arrival and the end of its fetch another one asks for room that is there."""
+    now, ahead, _, _ = by_size(server, tmp_path)
+    far = with_room_for([now, ahead], server, tmp_path)
+    far.coming["a stream"] = (now, ahead)
+    arrived, publish = threading.Event(), os.replace
+
+    def slow(source: Any, target: Any) -> None:
+        publish(source, target)
+        arrived.set()
+        time.sleep(0.3)
+
+    monkeypatch.setattr(remote.os, "replace", slow)
+    thread = threading.Thread(target=fetch, args=(far, ahead))
+    thread.start()
+    assert arrived.wait(10)
+    read(far, now)
+    thread.join()
+    assert held(far) == {now, ahead}
+
+
+def test_a_fetch_that_comes_too_late_is_not_made(server: Server, tmp_path: Path) -> None:
+    """Its batch was read, and its shard evicted, between the thread's choice and its turn."""
+    far = open_remote(server.url, store=tmp_path)
+    far.coming["a stream"] = (("boxes", 1),)
+    fetch(far, ("boxes", 0))
+    assert not server.data_files() and not held(far)
+    fetch(far, ("boxes", 1))
+    assert held(far) == {("boxes", 1)}
 
 
 def test_faults_on_the_way_change_nothing(local: Path, server: Server, tmp_path: Path) -> None:
