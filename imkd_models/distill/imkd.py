@@ -48,7 +48,7 @@ PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ImkdOptions(MethodOptions):
-    """Every switch and weight of IMKD. Weights are constant from step 0 unless ``warmup_steps`` is set."""
+    """Every switch and weight of IMKD. Weights are constant unless ``warmup_steps`` or ``end_step`` is set."""
 
     stage1: bool = option(True, "LiDAR to radar feature distillation")
     lambda_l2r: float = option(0.3, "weight of stage 1", low=0)
