@@ -136,6 +136,10 @@ def _completed(asked: Mapping[str, Any]) -> bytes:
 def _train(bench: Bench, run: Run, out: Path, teachers: Mapping[str, Path]) -> dict[str, float]:
     """Train or continue; the last logged losses. Several devices train in a process of their own: Fabric starts the other
     ranks by repeating the command line, and this one has the benchmark's state."""
+    from pipelines.strength import NO_BASELINE
+
+    if not run.baseline and not bench.preset.real:  # admission, not a published figure, says whether the teacher is ahead
+        run = run.with_values(baseline=NO_BASELINE)
     if bench.devices == 1:
         from pipelines.train import train
 
