@@ -1,4 +1,4 @@
-"""One batch through a trained student and its method: how hard each term pulls, and what the method saw."""
+"""One batch through a student and its method, before and after training: how hard each term pulls, and what the method saw."""
 
 from __future__ import annotations
 
@@ -10,56 +10,58 @@ import torch
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
+    from imkd_data.loader.batch import Batch
+    from pipelines.networks import Networks
     from pipelines.run import Run
 
 __all__ = ["probe_terms"]
 
-FEATURE = "bev_fused"
+WHOLE = "student"
 
 
 def probe_terms(
     run: Run, cache: Cache, checkpoint: Path, teachers: Mapping[str, Path], *, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Gradient norm at ``bev_fused`` of every weighted term, each method term's share of the detection loss's norm, and the
-    distiller's diagnostics (mask areas, running statistics, pseudo boxes) on one training batch.
+    """How hard each weighted term pulls on one training batch, at the start and at the end of training, and the distiller's
+    diagnostics (mask areas, running statistics, pseudo boxes) at the end.
 
-    A share above 1 means that the method pulls harder than the task; the benchmark prints it, nothing is changed by it.
+    ``shares``: {"start" | "end": {term: {part: share}}}, the norm of the term's gradient over a part's parameters (camera,
+    radar, fuser, ..., ``student`` = all of them) divided by that of the task's losses. Above 1 the method pulls harder than
+    the task there; the benchmark prints it, nothing is changed by it.
     """
     from imkd_data.loader.stream import stream
     from imkd_models.checkpoint import load_checkpoint, load_weights
-    from imkd_models.distill import gradient_norms
-    from pipelines.networks import build_networks, stream_values
-    from pipelines.sampling import virtual_rows
+    from pipelines.measure import loader_values
+    from pipelines.networks import build_networks
 
-    networks = build_networks(run, dict(teachers), pretrained=False)
+    networks = build_networks(run, dict(teachers), pretrained=False)  # seeded: the start that the training had
     if networks.distiller is None:
         return {}
+    values = {**loader_values(run, networks, cache), "workers": 0}
+    batch = next(iter(stream(cache, run.batch_size, device=torch.device(device), **values)))
+    for module in (networks.model, networks.distiller, *networks.teachers.values()):
+        module.to(device)
+    networks.model.train()
+    networks.distiller.train()
+    shares = {"start": _shares(networks, batch)}
     saved = load_checkpoint(checkpoint)
     load_weights(networks.model, saved.model, file=checkpoint)
     load_weights(networks.distiller, saved.distiller or {}, file=checkpoint)
-    for module in (networks.model, networks.distiller, *networks.teachers.values()):
-        module.to(device)
-    batches = stream(
-        cache,
-        run.batch_size,
-        rows=virtual_rows(cache, run.loader, run.seed).tolist(),
-        seed=run.seed,
-        workers=0,
-        radar_filter=run.loader.radar_filter,
-        radar_sweeps=run.loader.radar_sweeps,
-        device=torch.device(device),
-        **stream_values(networks),
-    )
-    batch = next(iter(batches))
     networks.model.eval()
     networks.distiller.eval()
-    outputs = networks.model(batch)
-    task = torch.stack(list(networks.model.loss(outputs, batch).values())).sum()  # type: ignore[operator]
-    terms = networks.distiller(outputs, {n: t(batch) for n, t in networks.teachers.items()}, batch)
-    norms = gradient_norms({"task": task, **terms}, outputs.features[FEATURE])
+    shares["end"] = _shares(networks, batch)
+    return {"shares": shares, "diagnostics": networks.distiller.diagnostic_values()}
+
+
+def _shares(networks: Networks, batch: Batch) -> dict[str, dict[str, float]]:
+    from imkd_models.distill import gradient_norms
+
+    model: Any = networks.model
+    outputs = model(batch)
+    task = torch.stack(list(model.loss(outputs, batch).values())).sum()
+    terms = networks.distiller(outputs, {n: t(batch) for n, t in networks.teachers.items()}, batch)  # type: ignore[misc]
+    parts = {name: [p for p in child.parameters() if p.requires_grad] for name, child in model.named_children()}
+    parts = {name: group for name, group in {WHOLE: list(model.parameters()), **parts}.items() if group}
+    norms = gradient_norms({"task": task, **terms}, parts)
     base = norms.pop("task")
-    return {
-        "gradient_at_bev_fused": {"task": base, **norms},
-        "share_of_task": {k: round(v / base, 4) for k, v in norms.items()} if base > 0 else {},
-        "diagnostics": {k: float(v) for k, v in networks.distiller.diagnostics.items() if v.numel() == 1},
-    }
+    return {term: {p: round(v / base[p], 4) for p, v in found.items() if base[p] > 0} for term, found in norms.items()}

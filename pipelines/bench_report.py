@@ -191,11 +191,19 @@ def _costs(scores: Sequence[Score]) -> list[dict[str, Any]]:
 
 
 def _pull(rows: Mapping[str, Mapping[int, Score]]) -> list[dict[str, Any]]:
-    """Each term's gradient at bev_fused relative to the task's, first seed, at the end of training."""
+    """Each term's gradient relative to the task's, first seed: over all of the student's parameters at the start and at the
+    end of training, and in the part where it pulls hardest."""
     out = []
     for name, runs in rows.items():
-        shares = runs[min(runs)].get("probe", {}).get("share_of_task", {})
-        out += [{"row": name, "term": term, "share_of_task": share} for term, share in shares.items()]
+        shares = runs[min(runs)].get("probe", {}).get("shares", {})
+        for term in shares.get("end", {}):
+            line: dict[str, Any] = {"row": name, "term": term}
+            for when, found in shares.items():
+                line[when] = found[term].get("student")
+                parts = {part: share for part, share in found[term].items() if part != "student"}
+                part = max(parts, key=lambda p: parts[p])
+                line[f"{when}_hardest"] = {"part": part, "share": parts[part]}
+            out.append(line)
     return out
 
 

@@ -97,7 +97,8 @@ class Row:
 
 # Weights of the methods, by preset: found on scenes of train that tuning kept back (``--held-in``), then frozen. A preset
 # without an entry uses the methods' own defaults. What val scores of an earlier preset had a part in stands in docs/tuning.md.
-# No teacher's velocity is imitated: on those scenes the student's radar knows it better (mAVE 0.86 against 1.33 and 1.21).
+# No response term imitates the teacher's velocity: on those scenes the student's radar knows it better (mAVE 0.86 against
+# 1.33 and 1.21).
 WEIGHTS: dict[str, dict[str, dict[str, float]]] = {
     "tiny": {
         "imkd": {
@@ -131,10 +132,38 @@ def _main(weights: Mapping[str, Mapping[str, Any]]) -> list[Row]:
 
 
 def _weighted(row: Row, weights: Mapping[str, Mapping[str, Any]]) -> Row:
-    """The row with its method's frozen weights below its own options; a method's own preset sets every weight itself."""
-    if row.method is None or not row.frozen or "preset" in row.options:
+    """The row with its method's frozen weights below its own options and those of its preset."""
+    from imkd_models.distill import METHODS
+
+    if row.method is None or not row.frozen:
         return row
-    return replace(row, options={**weights.get(row.method, {}), **row.options})
+    preset = METHODS[row.method].presets.get(row.options.get("preset", ""), {})
+    below = {k: v for k, v in weights.get(row.method, {}).items() if k not in preset}
+    return replace(row, options={**below, **row.options})
+
+
+def undistilled(method: str, options: Mapping[str, Any], block: str) -> Row:
+    """What a setting's gain is measured against, the same network without distillation: the method's twin where that has it,
+    the plain student where the setting changes nothing of the network, else the twin with the setting's own switches."""
+    from imkd_models.distill import METHODS
+
+    known = METHODS[method]
+
+    def network(values: Mapping[str, Any]) -> dict[str, Any]:
+        return known.changes(known.make_options(values))
+
+    rows = {r.name: r for r in _main({})}
+    if network(options) == network(known.twin_options):
+        return rows[f"{method}_twin"]
+    if not network(options) and known.prepare is None:
+        return rows["plain"]
+    switches = {k: v for k, v in options.items() if network({**known.twin_options, k: v}) != network(known.twin_options)}
+    twin = {**known.twin_options, **switches}
+    if network(twin) != network(options):
+        raise UsageError(f"{method} has no undistilled twin with this network", found=json.dumps(dict(options)))
+    name = f"{method}_twin:" + ",".join(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in switches.items())
+    seeds = "all" if block == "tuning" else "first"
+    return Row(name=name, block=block, kind="twin", method=method, options=twin, seeds=seeds, note=known.twin)
 
 
 _RADAR_ONLY = {"camera": False, "radar_encoder": "bev", "depth_weight": 0.0}
@@ -280,12 +309,24 @@ def _ablations() -> list[Row]:
             kind="ablation",
             method=method,
             options=options,
-            twin=f"{method}_twin",
             seeds="first",
         )
         for method, rows in ABLATIONS.items()
         for name, options in rows.items()
     ]
+
+
+def _with_twins(rows: Sequence[Row]) -> list[Row]:
+    """Ablations with the twin of their own network, which stands before the first that needs it."""
+    out: dict[str, Row] = {}
+    for row in rows:
+        if row.kind == "ablation" and row.method is not None and row.twin is None:
+            twin = undistilled(row.method, row.options, row.block)
+            if twin.seeds == "first":
+                out.setdefault(twin.name, twin)
+            row = replace(row, twin=twin.name)
+        out[row.name] = row
+    return list(out.values())
 
 
 def _defects() -> list[Row]:
@@ -334,9 +375,9 @@ def with_tries(plan: Sequence[Row], tries: Sequence[str]) -> list[Row]:
             raise UsageError("a try is METHOD:option=value,...", expected=", ".join(METHODS), found=text)
         options = {k.strip(): _value(v) for k, v in (p.split("=", 1) for p in pairs.split(","))}
         METHODS[method].make_options(options)
-        twin = f"{method}_twin"
-        rows += [known[twin]] * (twin not in {r.name for r in rows})
-        rows.append(Row(name=text, block="tuning", kind="tuning", method=method, options=options, twin=twin, note="tried"))
+        twin = undistilled(method, options, "tuning")
+        rows += [known.get(twin.name, twin)] * (twin.name not in {r.name for r in rows})
+        rows.append(Row(name=text, block="tuning", kind="tuning", method=method, options=options, twin=twin.name, note="tried"))
     return rows
 
 
@@ -361,7 +402,7 @@ def all_rows(preset: str = "tiny") -> list[Row]:
         method = row.method if row.kind == "ablation" else None
         return method is not None and METHODS[method].make_options(row.options) == own[method]
 
-    return [*main, *(r for r in others if not repeats(r))]
+    return [*main, *_with_twins([r for r in others if not repeats(r)])]
 
 
 def rows_of(

@@ -83,11 +83,27 @@ def markdown(report: Mapping[str, Any]) -> str:
         ],
     )
     if report["pull"]:
-        out += ["## Pull of the terms", "", "Gradient norm at `bev_fused` relative to the task's, at the end of training.", ""]
-        out += _table(("row", "term", "share"), [(p["row"], p["term"], _show(p["share_of_task"], 3)) for p in report["pull"]])
+        out += [
+            "## Pull of the terms",
+            "",
+            "Norm of each term's gradient relative to that of the task's losses, on one training batch of the first seed: over "
+            "all of the student's parameters, and over those of the part where it pulls hardest.",
+            "",
+        ]
+        out += _table(
+            ("row", "term", "start", "hardest", "end", "hardest"),
+            [
+                (p["row"], p["term"], *(x for w in ("start", "end") for x in (_show(p[w], 3), _hardest(p[f"{w}_hardest"]))))
+                for p in report["pull"]
+            ],
+        )
     if report["independent"]:
         out += _independent(report["independent"])
     return "\n".join(out)
+
+
+def _hardest(found: Mapping[str, Any]) -> str:
+    return f"{_show(found['share'], 3)} {found['part']}"
 
 
 def _gains(paired: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -34,6 +34,7 @@ STATE_FEATURES = ("rcs_dbsm", "dyn_prop", "ambig_state", "invalid_state", "pdh0"
 @dataclass(slots=True, kw_only=True)
 class Networks:
     """config: of the network as built (method changes applied). teacher_sha256: identity of every teacher's weights.
+    head_start: tensors of the student's head that a fresh one takes from a teacher.
     kept: networks that the checkpoint must hold besides the model (a label encoder's LiDAR teacher)."""
 
     model: nn.Module
@@ -43,6 +44,7 @@ class Networks:
     method: Method | None = None
     options: dict[str, Any] = field(default_factory=dict)
     teacher_sha256: dict[str, str] = field(default_factory=dict)
+    head_start: tuple[str, ...] = ()
     kept: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
@@ -157,8 +159,7 @@ def build_networks(run: Run, teachers: Mapping[str, Path | str] | None = None, *
     _check_label_teacher(metas, hashes)
     needs = method.needs_for(options)
     check_needs(needs, model, frozen)
-    if method.prepare is not None:
-        method.prepare(options, model, frozen)
+    head_start = () if method.prepare is None else tuple(method.prepare(options, model, frozen))
     distiller = method.build(options, model, frozen, config.grid)
     return Networks(
         model=model,
@@ -168,6 +169,7 @@ def build_networks(run: Run, teachers: Mapping[str, Path | str] | None = None, *
         method=method,
         options=options.as_dict(),
         teacher_sha256=hashes,
+        head_start=head_start,
     )
 
 

@@ -312,7 +312,8 @@ class _Trainer:
         rates = {"samples_per_s": self.meter.samples_per_s, "data_wait": self.meter.data_wait}
         if logged and log is not None:
             epoch = (step - 1) // self.steps_per_epoch
-            log.write(step, {"epoch": epoch, "loss": total, **self.losses, "lr": lr, "grad_norm": norm, **rates})
+            seen = {} if self.networks.distiller is None else {"diagnostics": self.networks.distiller.diagnostic_values()}
+            log.write(step, {"epoch": epoch, "loss": total, **self.losses, "lr": lr, "grad_norm": norm, **rates, **seen})
         if self.progress is not None and self.rank == 0:
             left = (self.total - step) * self.meter.step_s
             tick = Tick(stage=self.run.name, step=step, total=self.total, loss=total, lr=lr, eta_s=left, **rates)
@@ -354,6 +355,7 @@ class _Trainer:
             "model": self.networks.config.as_dict(),
             "networks": {n: m.config.as_dict() for n, m in self.networks.kept.items()},  # type: ignore[union-attr,operator]
             "teachers": self.networks.teacher_sha256,
+            "head_start": self.networks.head_start,
             "cache": cache_meta(self.cache, self.stream),
             "stream": stream_meta(self.stream),
             "teacher_records": self.teacher_records,

@@ -84,7 +84,8 @@ class TrainLog:
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                value = json.loads(line)
+                if "warning" in value or value["step"] <= step:
                     kept.append(line)
             except (ValueError, KeyError):  # torn by a kill
                 continue
@@ -102,13 +103,14 @@ class TrainLog:
         self.file.flush()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One object; floats keep every digit."""
+        """One object; floats keep every digit. A dict of values is a group of curves in TensorBoard."""
         self.file.write(json.dumps({"step": step, **values, "time": round(time.time(), 3)}) + "\n")
         self.file.flush()
         if self.writer is not None:
             for name, value in values.items():
-                if isinstance(value, float):
-                    self.writer.add_scalar(name, value, step)
+                for key, number in value.items() if isinstance(value, dict) else [("", value)]:
+                    if isinstance(number, float):
+                        self.writer.add_scalar(f"{name}/{key}" if key else name, number, step)
 
     def close(self) -> None:
         """Flush and close."""

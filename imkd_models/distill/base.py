@@ -7,7 +7,8 @@ which are checked before the first step; it runs in float32 with autocast off; n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
@@ -209,6 +210,10 @@ class Distiller(nn.Module):
     def _undecayed(self, name: str) -> bool:
         return any(name.endswith(part) for part in self.no_decay)
 
+    def diagnostic_values(self) -> dict[str, float]:
+        """``diagnostics`` as numbers, those of one element."""
+        return {name: float(value) for name, value in self.diagnostics.items() if value.numel() == 1}
+
     def note(self, **values: Tensor | float) -> None:
         """Remember diagnostics of this call."""
         for name, value in values.items():
@@ -293,12 +298,17 @@ class Method:
         }
 
 
-def gradient_norms(terms: Mapping[str, Tensor], feature: Tensor) -> dict[str, float]:
-    """L2 norm of each term's gradient at one feature map: how hard each pulls. Costs one backward pass a term."""
-    out = {}
+def gradient_norms(terms: Mapping[str, Tensor], parts: Mapping[str, Sequence[Tensor]]) -> dict[str, dict[str, float]]:
+    """{term: {part: norm}}: L2 norm of each term's gradient at each group of tensors (a feature map, a module's parameters),
+    0 where it does not reach. Costs one backward pass a term."""
+    tensors = [t for group in parts.values() for t in group]
+    out: dict[str, dict[str, float]] = {}
     for name, value in terms.items():
-        gradient = None
+        found: Sequence[Tensor | None] = [None] * len(tensors)
         if value.requires_grad:
-            (gradient,) = torch.autograd.grad(value, feature, retain_graph=True, allow_unused=True)
-        out[name] = 0.0 if gradient is None else float(gradient.norm())
+            found = torch.autograd.grad(value, tensors, retain_graph=True, allow_unused=True)
+        left, out[name] = iter(found), {}
+        for part, group in parts.items():
+            squares = [float(g.square().sum()) for g in (next(left) for _ in group) if g is not None]
+            out[name][part] = math.sqrt(sum(squares))
     return out

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from imkd_data.classes import LABEL_FROM_CLASS
 from imkd_data.errors import MismatchError, RecipeError
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import Batch, BoxBatch
@@ -205,15 +206,26 @@ def pseudo_boxes(head: Sequence[HeadMaps], grid: BevGrid, options: DualDistillOp
 
 
 @torch.no_grad()
-def agreement(found: BoxBatch, truth: BoxBatch) -> dict[str, Tensor]:
-    """Number of pseudo boxes, and their precision and recall against truth of the same class within 2 m."""
+def agreement(found: BoxBatch, truth: BoxBatch, groups: Sequence[Sequence[str]] = ()) -> dict[str, Tensor]:
+    """Number of pseudo boxes, and their precision and recall against truth of the same class within 2 m: of all, and of
+    every group of classes, as ``pseudo_car``, ``pseudo_truck_construction_vehicle``, ..."""
     distance = (found.centre_m_BM3[:, :, None, :2] - truth.centre_m_BM3[:, None, :, :2].float()).norm(dim=-1)
     same = found.label_BM[:, :, None] == truth.label_BM[:, None]
     match = (distance < 2.0) & same & found.valid_BM[:, :, None] & truth.valid_BM[:, None]
-    count, real = found.valid_BM.sum(), truth.valid_BM.sum()
-    hit = match.any(2).sum() if match.numel() else count.new_zeros(())
-    caught = match.any(1).sum() if match.numel() else count.new_zeros(())
-    return {"pseudo": count.float(), "precision": hit / count.clamp(min=1), "recall": caught / real.clamp(min=1)}
+    hit = match.any(2) if match.numel() else torch.zeros_like(found.valid_BM)
+    caught = match.any(1) if match.numel() else torch.zeros_like(truth.valid_BM)
+    out = {}
+    for group in ((), *groups):
+        labels = torch.tensor([LABEL_FROM_CLASS[name] for name in group], device=distance.device)
+        ours, theirs = found.valid_BM, truth.valid_BM
+        if group:
+            ours, theirs = ours & torch.isin(found.label_BM, labels), theirs & torch.isin(truth.label_BM, labels)
+        count, real = ours.sum(), theirs.sum()
+        end = "_".join(("", *group))
+        out[f"pseudo{end}"] = count.float()
+        out[f"precision{end}"] = (hit & ours).sum() / count.clamp(min=1)
+        out[f"recall{end}"] = (caught & theirs).sum() / real.clamp(min=1)
+    return out
 
 
 def dense_response(student: Sequence[HeadMaps], teacher: Sequence[HeadMaps]) -> tuple[Tensor, Tensor]:
@@ -350,7 +362,7 @@ class DualDistill(Distiller):
             return {"crd_heatmap": o.lambda_crd * cells, "crd_box": o.lambda_crd * o.crd_box_weight * boxes}
         target = batch.boxes if o.crd_target == "gt" else pseudo_boxes(teacher.head, teacher.grid, o)
         if o.crd_target == "teacher":
-            self.note(**agreement(target, batch.boxes))
+            self.note(**agreement(target, batch.boxes, [maps.classes for maps in teacher.head]))
         rule = LossOptions(box_weight=o.crd_box_weight, velocity_weight=o.crd_velocity_weight)
         loss = detection_loss(answer, target, teacher.grid, rule)
         return {"crd_heatmap": o.lambda_crd * loss["det_heatmap"], "crd_box": o.lambda_crd * loss["det_box"]}

@@ -116,5 +116,6 @@ def _joined(parts: Sequence[Method]) -> Method:
         needs_for=lambda options: sum((m.needs_for(o) for m, o in each(options)), Needs()),
         build=build,
         twin="the joined student without distillation",
+        twin_options={m.name: dict(m.twin_options) for m in parts},
         prepare=prepare,
     )

@@ -20,7 +20,7 @@ from imkd_data import open_cache
 from imkd_data.errors import ImkdError, MismatchError, UsageError
 from imkd_models.distill import METHODS
 from pipelines.bench_report import _costs, _parts_nds, admission_test
-from pipelines.bench_rows import ABLATIONS, BLOCKS, PRESETS, all_rows, rows_of
+from pipelines.bench_rows import ABLATIONS, BLOCKS, PRESETS, Row, all_rows, rows_of, with_tries
 from pipelines.bench_statistics import smallest_detectable
 
 GAIN = {"teacher_lidar": 20.0, "teacher_fusion": 21.0, "camera_only": -5.0, "radar_only": -12.0, "imkd": 3.0, "crkd": 1.0}
@@ -56,7 +56,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     monkeypatch.setattr(cell, "_score", score)
     counted = SimpleNamespace(counted=3 * 2**20)
     monkeypatch.setattr("pipelines.forecast.counted_memory", lambda *a: (counted, None, None))
-    probe = {"share_of_task": {"l2r": 0.25}, "diagnostics": {}}
+    start, end = {"student": 0.5, "radar": 2.0, "camera": 0.25}, {"student": 0.125, "radar": 0.0, "camera": 0.25}
+    probe = {"shares": {"start": {"l2r": start}, "end": {"l2r": end}}, "diagnostics": {}}
     monkeypatch.setattr("pipelines.bench_probe.probe_terms", lambda *a, **k: probe)
     monkeypatch.setattr(bench, "make_world", lambda *a: tmp_path)
     monkeypatch.setattr(bench, "make_cache", lambda *a: tmp_path)
@@ -76,9 +77,25 @@ def test_every_row_is_a_valid_method_and_has_its_twin() -> None:
         if row.method:
             METHODS[row.method].make_options(row.options)
     assert set(ABLATIONS) == set(METHODS) and {r.block for r in rows.values()} == set(BLOCKS)
-    for method in METHODS.values():
-        a, b = (method.changes(method.make_options(o)) for o in ({}, method.twin_options))
-        assert a == b, "the twin is the same network"
+
+
+def _network(row: Row) -> Any:
+    method = METHODS[row.method] if row.method else None
+    return (row.model, {} if method is None else method.changes(method.make_options(row.options)))
+
+
+def test_a_twin_has_the_network_of_its_row() -> None:
+    rows = {r.name: r for r in all_rows()}
+    for row in rows.values():
+        if row.kind in ("method", "control", "ablation"):
+            assert _network(row) == _network(rows[row.twin]), row.name
+            assert rows[row.twin].kind in ("twin", "baseline")
+    assert rows["imkd/05_stage1_reflectance"].twin == "plain" and rows["imkd/03_stage3_supervised"].twin == "imkd_twin"
+    assert rows["crkd/B1_resp"].twin == rows["crkd/C4_no_calibration"].twin == "crkd_twin:calibration=false"
+    assert {k: v for k, v in rows["crkd_twin:calibration=false"].options.items() if v} == {}
+    assert rows["adaptive_smooth/05_conv_fuser"].twin == "adaptive_smooth_twin:fuser=concat"
+    tried = with_tries([], ("crkd:calibration=false,lambda_csrd=1", "imkd:stage3=false,stage3_supervision=false"))
+    assert [r.twin for r in tried] == [None, "crkd_twin:calibration=false", None, "plain"]
 
 
 def test_no_run_is_made_twice_under_two_names() -> None:
@@ -116,7 +133,10 @@ def test_table_holds_both_gains_with_intervals_and_holm(fake: dict[str, Any]) ->
     )
     assert gains["imkd", "system"]["published_gain_nds"] == 5.0 and gains["crkd", "distillation"]["seeds"] == [0, 1, 2]
     assert {"method", "twin", "seed", "nds", "map", "errors"} <= set(report["rows"][0])
-    assert {"row": "imkd", "term": "l2r", "share_of_task": 0.25} in report["pull"]
+    (pull,) = [p for p in report["pull"] if p["row"] == "imkd"]
+    assert pull["term"] == "l2r" and (pull["start"], pull["end"]) == (0.5, 0.125)
+    assert pull["start_hardest"] == {"part": "radar", "share": 2.0} and pull["end_hardest"]["part"] == "camera"
+    assert "| imkd | l2r | 0.500 | 2.000 radar | 0.125 | 0.250 camera |" in (fake["out"] / "results.md").read_text()
     line = "imkd bench distill --preset tiny --seeds 0,1,2 --blocks main --materials class --engine devkit"
     assert report["commands"] == [f"{line} --out DIR --docs docs"]
     saved = json.loads((fake["out"] / "docs" / "results.json").read_text())
@@ -348,7 +368,7 @@ def test_frozen_weights_are_below_the_options_of_a_row(monkeypatch: pytest.Monke
     assert rows["imkd"] == frozen["imkd"] and rows["imkd/default_weights"] == {}
     assert rows["imkd_occupancy"] == {**frozen["imkd"], "intensity_control": "occupancy"}
     assert rows["imkd/03_stage3_supervised"]["lambda_resp"] == 0.5 and rows["imkd/03_stage3_supervised"]["response"] == "off"
-    assert rows["imkd/08_labeldistill_on_merged"] == {"preset": "labeldistill_on_merged"}, "a method's own preset is whole"
+    assert rows["imkd/08_labeldistill_on_merged"] == {**frozen["imkd"], "preset": "labeldistill_on_merged"}
     assert rows["imkd_twin"] == METHODS["imkd"].twin_options and rows["crkd+divide_by_batch"]["lambda_fused"] == 2.0
     assert {r.name: dict(r.options) for r in all_rows("nuscenes")}["imkd"] == {}
 

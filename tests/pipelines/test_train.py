@@ -22,9 +22,12 @@ from imkd_data.errors import (
     SourceMissingError,
     UsageError,
 )
+from imkd_data.loader.batch import Batch
 from imkd_data.loader.stream import stream
 from imkd_models.checkpoint import load_checkpoint, load_model
 from imkd_models.distill import METHODS
+from imkd_models.distill.base import FrozenTeacher
+from pipelines.bench_probe import probe_terms
 from pipelines.networks import build_networks, stream_values
 from pipelines.run import LoaderConfig, OptimConfig, Run
 from pipelines.train import train
@@ -253,6 +256,34 @@ def test_a_teacher_that_only_lends_its_head_does_not_run_in_the_steps(cache: Any
     distilled = build_networks(twin.with_values(options={}), {"lidar": whole})
     assert "lidar_points" in stream_values(distilled)["fields"] and set(distilled.teachers) == {"lidar"}
     assert train(twin, cache, tmp_path / "twin", {"lidar": whole}, accelerator="cpu").step == 1
+    started = load_checkpoint(tmp_path / "twin").meta["head_start"]
+    assert started == [k for k in networks.model.head.state_dict() if not k.startswith("shared")]
+
+
+def test_what_a_method_saw_is_logged_and_probed_as_it_trained(
+    cache: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pseudo boxes and their agreement with the truth, by class group; the probe's batch has the run's sweeps."""
+    run = toy_run("student", method="dual_distill", max_steps=1, loader=LoaderConfig(workers=0, lidar_sweeps=1))
+    done = train(run, cache, tmp_path / "run", {"lidar": whole}, accelerator="cpu")
+    seen = curve(tmp_path / "run")[-1]["diagnostics"]
+    assert {"pseudo", "pseudo_car", "recall_car", "bev_neck_rho"} <= set(seen)
+    assert seen["pseudo"] == sum(v for k, v in seen.items() if k.startswith("pseudo_"))
+    given: list[Any] = []
+
+    def seeing(self: FrozenTeacher, batch: Batch) -> Any:
+        given.append(batch)
+        return forward(self, batch)
+
+    forward = FrozenTeacher.forward
+    monkeypatch.setattr(FrozenTeacher, "forward", seeing)
+    probed = probe_terms(run, cache, done.checkpoint, {"lidar": whole})
+    assert set(probed["diagnostics"]) == set(seen) and set(probed["shares"]) == {"start", "end"}
+    for shares in probed["shares"].values():
+        assert shares["mfd_fg"]["trunk"] > 0 and shares["mfd_fg"]["head"] == 0 and shares["mfd_fg"]["student"] > 0
+    assert given[0] is given[1]
+    batch = given[0]
+    assert batch.lidar is not None and not batch.lidar.age_s.any()  # the key sweep alone; the cache has two
 
 
 def test_a_label_encoder_of_another_teacher_is_refused(cache: Any, whole: Path, tmp_path: Path) -> None:

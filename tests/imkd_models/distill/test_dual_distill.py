@@ -275,6 +275,9 @@ def test_pseudo_boxes_are_suppressed_clamped_and_measured() -> None:
     assert agreement(found, near)["precision"] == 1 and agreement(found, near)["recall"] == 1
     assert agreement(found, far)["precision"] == 0
     assert agreement(found, one_box(x, y, 4, 2, 0.0, label=3))["precision"] == 0
+    parts = agreement(found, near, [("car",), ("truck", "bus")])
+    assert [float(parts[f"{n}_car"]) for n in ("pseudo", "precision", "recall")] == [1, 1, 1]
+    assert [float(parts[f"{n}_truck_bus"]) for n in ("pseudo", "precision", "recall")] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("target", ["teacher", "gt", "dense"])

@@ -125,8 +125,12 @@ def test_terms_end_with_their_gradients_at_end_step(name: str) -> None:
 def test_gradient_norms_are_those_of_autograd() -> None:
     step = _fake_step("crkd")
     outputs, terms = step(fake_batch())
-    norms = gradient_norms(terms, outputs.features["bev_fused"])
-    assert norms["csrd"] == 0 and norms["msfd_fused"] > 0 and norms["reld"] > 0 and norms["msfd_camera"] == 0
+    fused, radar = outputs.features["bev_fused"], outputs.features["bev_radar"]
+    norms = gradient_norms(terms, {"fused": [fused], "radar": [radar], "both": [radar, fused]})
+    assert norms["csrd"]["fused"] == 0 and norms["csrd"]["radar"] == norms["csrd"]["both"] > 0
+    assert norms["msfd_fused"]["fused"] > 0 and norms["reld"]["fused"] > 0 and norms["msfd_camera"]["both"] == 0
+    (wanted,) = torch.autograd.grad(terms["reld"], fused, retain_graph=True)
+    assert norms["reld"]["fused"] == pytest.approx(float(wanted.norm()), rel=1e-6)
 
 
 def test_joined_methods_give_the_terms_of_both_and_keep_the_projector_out_of_decay() -> None:
@@ -138,6 +142,8 @@ def test_joined_methods_give_the_terms_of_both_and_keep_the_projector_out_of_dec
     _, terms = step(fake_batch())
     assert {k.split("/")[0] for k in terms} == {"imkd", "dual_distill"} and "imkd/l2m" in terms
     assert len(distiller.parameter_groups(0.1)[1]["params"]) == 2
+    without = method.make_options(method.twin_options)
+    assert not method.build(without, student, teachers, GRID).terms(step(fake_batch())[0], {}, fake_batch())
 
 
 # -------------------------------------------------------------------------------------------------- the project's networks
