@@ -61,7 +61,9 @@ class AdaptiveSmoothOptions(MethodOptions):
     velocity_weight: float = option(0.2, "factor of the two velocity values", low=0)
     simulated_branch: bool = option(True, "simulated point branch in the student (runs at inference)")
     fuser: str = option("heterogeneous", "fusion of camera and simulated maps", choices=("heterogeneous", "concat", "gated"))
-    teacher: str = option("fusion", "lidar: a LiDAR-only teacher, only with lambda_m2m 0", choices=("fusion", "lidar"))
+    teacher: str = option(
+        "fusion", "lidar: a LiDAR-only teacher, whose neck l2c reads; only with lambda_m2m 0", choices=("fusion", "lidar")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,12 +76,17 @@ class AdaptiveSmoothOptions(MethodOptions):
                 next="set lambda_m2m=0 or teacher=fusion",
             )
 
+    @property
+    def lidar_map(self) -> str:
+        """The teacher's LiDAR map that ``l2c`` aligns with."""
+        return "bev_lidar" if self.teacher == "fusion" else "bev_neck"
+
 
 def needs_for(options: AdaptiveSmoothOptions) -> Needs:
     """What the active terms read."""
     needs, name = Needs(batch=("boxes",)), options.teacher
     if options.lambda_l2c > 0:
-        needs += Needs(student=(f"bev_{options.l2c}", HEAD), teachers={name: ("bev_lidar",)})
+        needs += Needs(student=(f"bev_{options.l2c}", HEAD), teachers={name: (options.lidar_map,)})
     if options.lambda_m2m > 0:
         needs += Needs(student=("bev_fused", HEAD), teachers={name: ("bev_fused",)})
     if options.lambda_srd > 0:
@@ -253,7 +260,7 @@ class AdaptiveSmooth(Distiller):
         self.align = nn.ModuleDict()
         self.bring = nn.ModuleDict()
         if options.lambda_l2c > 0:
-            channels = teacher["bev_lidar"][0]
+            channels = teacher[options.lidar_map][0]
             self.bring["l2c"] = conv_norm_relu(student[f"bev_{options.l2c}"][0], channels)
             self.align["l2c"] = Alignment(channels, options)
         if options.lambda_m2m > 0:
@@ -268,9 +275,8 @@ class AdaptiveSmooth(Distiller):
         truth = head_targets(batch.boxes, student.grid, student.head)
         objects = truth.heatmap_BKYX.sum(1, keepdim=True).clamp(max=1)
         if o.lambda_l2c > 0:
-            out["l2c"] = o.lambda_l2c * self._aligned(
-                "l2c", student.features[f"bev_{o.l2c}"], teacher.features["bev_lidar"], objects
-            )
+            theirs = teacher.features[o.lidar_map]
+            out["l2c"] = o.lambda_l2c * self._aligned("l2c", student.features[f"bev_{o.l2c}"], theirs, objects)
         if o.lambda_m2m > 0:
             mask = {"soft": 0.1 + 0.9 * objects, "ones": torch.ones_like(objects), "objects": objects}[o.m2m_mask]
             out["m2m"] = o.lambda_m2m * self._aligned("m2m", student.features["bev_fused"], teacher.features["bev_fused"], mask)

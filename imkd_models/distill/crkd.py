@@ -67,6 +67,11 @@ class CrkdOptions(MethodOptions):
         "what the radar activation imitates; task_logit_mean is the released form",
         choices=("class_mean", "task_logit_mean", "class_max"),
     )
+    csrd_activation: str = option(
+        "relu",
+        "of the radar map's 1x1 convolution: relu as released; sigmoid starts near 0.01, as heat maps do, and cannot die",
+        choices=("relu", "sigmoid"),
+    )
     calibration: bool = option(True, "radar calibration block in the student (runs at inference)")
     lambda_fused: float = option(5.0, "weight of mask-scaling feature distillation on bev_fused", low=0)
     lambda_cam: float = option(5.0, "weight of mask-scaling feature distillation on the camera map", low=0)
@@ -202,8 +207,12 @@ class Crkd(Distiller):
         self.widen = nn.ModuleDict()
         if options.lambda_csrd > 0:
             self._same_grid("bev_radar", student["bev_radar"][1:], grid.shape)
-            self.activation = nn.Conv2d(student["bev_radar"][0], 1, 1, bias=False)
-            nn.init.kaiming_normal_(self.activation.weight, mode="fan_out", nonlinearity="relu")
+            released = options.csrd_activation == "relu"
+            self.activation = nn.Conv2d(student["bev_radar"][0], 1, 1, bias=not released)
+            if released:
+                nn.init.kaiming_normal_(self.activation.weight, mode="fan_out", nonlinearity="relu")
+            else:
+                nn.init.constant_(self.activation.bias, -4.6)  # type: ignore[arg-type]  # sigmoid 0.01
         if options.lambda_rel > 0 and options.relation_adapters:
             for k in options.relation_sizes:
                 self.relation[str(k)] = RelationAdapter(student["bev_fused"][0], options.adapter_init)
@@ -227,7 +236,8 @@ class Crkd(Distiller):
 
     def radar_activation(self, radar: Tensor) -> Tensor:
         """A (B, 1, Y, X): what the early radar map says about objects."""
-        return torch.relu(self.activation(radar))
+        value = self.activation(radar)
+        return torch.relu(value) if self.o.csrd_activation == "relu" else torch.sigmoid(value)
 
     def check_layout(self, student: Outputs, teachers: Mapping[str, Outputs]) -> None:
         super().check_layout(student, teachers)
@@ -245,8 +255,11 @@ class Crkd(Distiller):
         if o.lambda_resp > 0:
             out.update(self._response(student, teacher))
         if o.lambda_csrd > 0:
-            difference = self.radar_activation(student.features["bev_radar"]) - heatmap_target(teacher.head, o.csrd_target)
-            out["csrd"] = o.lambda_csrd * difference.abs().mean()
+            activation = self.radar_activation(student.features["bev_radar"])
+            target = heatmap_target(teacher.head, o.csrd_target)
+            out["csrd"] = o.lambda_csrd * (activation - target).abs().mean()
+            # A ReLU that is 0 everywhere gives no gradient again: csrd then stays at lambda_csrd times the target's mean.
+            self.note(csrd_alive=(activation > 0).float().mean(), csrd_mean=activation.mean(), csrd_target=target.mean())
         names = {"msfd_fused": ("bev_fused", o.lambda_fused), "msfd_camera": (o.camera, o.lambda_cam)}
         if any(weight > 0 for _, weight in names.values()):
             mask = self._mask(student, batch)
@@ -269,7 +282,9 @@ class Crkd(Distiller):
                 features[name] = torch.where(value.isnan(), student.features[name], value)
             else:
                 checked[name] = value
-        checked |= {f"heat map of {'+'.join(maps.classes)}": maps.heatmap_logits_BKYX for maps in teacher.head}
+        for maps in teacher.head:
+            group = "+".join(maps.classes)
+            checked |= {f"heat map of {group}": maps.heatmap_logits_BKYX, f"box maps of {group}": stacked_box_maps(maps)}
         require_all_finite(checked)
         return Outputs(features=features, head=teacher.head, grid=teacher.grid)
 

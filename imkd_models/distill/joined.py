@@ -96,10 +96,14 @@ def make_method(spec: str | Method, methods: Mapping[str, Method] | None = None)
 
 def _joined(parts: Sequence[Method]) -> Method:
     columns = [(m.name, dict, option({}, f"options of {m.title}")) for m in parts]
-    cls = make_dataclass("JoinedMethodOptions", columns, bases=(JoinedOptions,), frozen=True, kw_only=True)
 
     def each(options: Any) -> list[tuple[Method, Any]]:
         return [(m, m.make_options(getattr(options, m.name))) for m in parts]
+
+    neighbours = property(lambda options: tuple(f"{m.name}.{n}" for m, o in each(options) for n in o.neighbours))
+    cls = make_dataclass(
+        "JoinedMethodOptions", columns, bases=(JoinedOptions,), frozen=True, kw_only=True, namespace={"neighbours": neighbours}
+    )
 
     def build(options: Any, student: Any, teachers: Mapping[str, FrozenTeacher], grid: BevGrid) -> JoinedDistiller:
         return JoinedDistiller(options, {m.name: m.build(o, student, teachers, grid) for m, o in each(options)})

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from distill_fakes import FUSION, GRID, STUDENT, fake_batch, fake_head, fake_outputs, generator, same_head, without_boxes
 
 from imkd_data.errors import MismatchError, RecipeError
-from imkd_models.distill import METHODS
+from imkd_models.distill import METHODS, check_needs
 from imkd_models.distill.adaptive_smooth import AdaptiveSmooth, Alignment, response_weights, soft_response
 from imkd_models.distill.terms import head_targets, smooth_l1
 from imkd_models.outputs import Outputs
+from imkd_models.presets import tiny_lidar
 
 TERMS = ["l2c", "m2m", "srd_class", "srd_box"]
 
@@ -266,6 +267,16 @@ def test_finer_teacher_maps_are_brought_to_the_students_grid() -> None:
     teacher = _teacher()["fusion"]
     with pytest.raises(MismatchError, match="metres"):
         _run(_distiller(), teachers={"fusion": replace(teacher, grid=replace(GRID, y_min_m=GRID.y_min_m - 0.8))})
+
+
+def test_a_lidar_teacher_alone_gives_its_neck() -> None:
+    options = _options(teacher="lidar", lambda_m2m=0)
+    lidar = tiny_lidar(grid=GRID)
+    check_needs(METHODS["adaptive_smooth"].needs_for(options), STUDENT, {"lidar": lidar})
+    out = _run(
+        AdaptiveSmooth(options, STUDENT, lidar.feature_shapes), teachers={"lidar": fake_outputs(lidar.feature_shapes, 3)}
+    )
+    assert list(out) == ["l2c", "srd_class", "srd_box"] and all(torch.isfinite(v) and v > 0 for v in out.values())
 
 
 def test_resuming_in_mid_run_equals_no_stop() -> None:

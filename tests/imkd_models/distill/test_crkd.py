@@ -116,6 +116,34 @@ def test_csrd_gradient_reaches_only_the_radar_map_and_the_activation_starts_aliv
     assert student.features["bev_radar"].grad.abs().sum() > 0 and distiller.activation.weight.grad is not None
 
 
+def test_a_radar_activation_that_shrinks_to_nothing_dies_as_relu_and_lives_as_sigmoid() -> None:
+    """From scratch the released form learns 0 everywhere within a few dozen steps, and then neither weight nor radar map gets
+    a gradient again; csrd stays at lambda times the target's mean."""
+    g = torch.Generator().manual_seed(3)
+    radar = torch.rand(2, STUDENT["bev_radar"][0], *GRID.shape, generator=g)
+    target = (torch.rand(2, 1, *GRID.shape, generator=g) > 0.99).float()
+    alive = {}
+    for kind in ("relu", "sigmoid"):
+        distiller = _distiller(csrd_activation=kind)
+        optimiser = torch.optim.AdamW(distiller.activation.parameters(), lr=0.1)
+        for _ in range(100):
+            optimiser.zero_grad()
+            (distiller.radar_activation(radar) - target).abs().mean().backward()
+            optimiser.step()
+        student = fake_outputs(STUDENT, 1, grad=True)
+        seen = replace(student, features={**student.features, "bev_radar": radar.clone().requires_grad_()})
+        csrd = _run(distiller, seen)["csrd"]
+        csrd.backward()
+        alive[kind] = bool(seen.features["bev_radar"].grad.any())
+        notes = distiller.diagnostic_values()
+        assert (notes["csrd_alive"] > 0) is alive[kind]
+        if kind == "relu":
+            assert float(csrd.detach()) == pytest.approx(100 * notes["csrd_target"], rel=1e-5)
+    assert alive == {"relu": False, "sigmoid": True}
+    start = _run(_distiller(csrd_activation="sigmoid"), fake_outputs(STUDENT, 1))["csrd"]
+    assert 0 < float(start) < float(_run(_distiller(), fake_outputs(STUDENT, 1))["csrd"])
+
+
 def test_features_are_compared_on_objects_only() -> None:
     batch, student = fake_batch(), fake_outputs(STUDENT, 1, grad=True)
     mask = object_mask(batch.boxes, batch.bev_from_ego_B44, GRID, _options())
@@ -289,6 +317,11 @@ def test_nan_in_the_teacher_raises_and_the_defect_replaces_it() -> None:
     with pytest.raises(MismatchError, match="bev_fused"):
         _run(_distiller(), teachers=broken)
     assert torch.isfinite(_run(_distiller(defects=("nan_from_student",)), teachers=broken)["msfd_fused"])
+    height = teacher.head[1].height_m_B1YX.clone()
+    height[0, 0, 0, 0] = torch.nan  # also where no response reads it: its gradient would be NaN
+    head = (teacher.head[0], replace(teacher.head[1], height_m_B1YX=height), *teacher.head[2:])
+    with pytest.raises(MismatchError, match=r"box maps of truck\+construction_vehicle"):
+        _run(_distiller(), teachers={"fusion": replace(teacher, head=head)})
 
 
 def test_under_autocast_the_losses_are_those_of_float32_and_logits_are_untouched() -> None:

@@ -142,6 +142,9 @@ def test_joined_methods_give_the_terms_of_both_and_keep_the_projector_out_of_dec
     _, terms = step(fake_batch())
     assert {k.split("/")[0] for k in terms} == {"imkd", "dual_distill"} and "imkd/l2m" in terms
     assert len(distiller.parameter_groups(0.1)[1]["params"]) == 2
+    assert options.neighbours == ()
+    other = method.make_options({"imkd": {"intensity_control": "other_sample"}, "dual_distill.teacher_sample": "other"})
+    assert other.neighbours == ("imkd.intensity_control=other_sample", "dual_distill.teacher_sample=other")
     without = method.make_options(method.twin_options)
     assert not method.build(without, student, teachers, GRID).terms(step(fake_batch())[0], {}, fake_batch())
 
