@@ -1,4 +1,5 @@
-"""Is the teacher better than what it teaches? Compared by the mAP that evaluations left beside the checkpoints."""
+"""Is the teacher better than what it teaches, and is it shown what it was trained on? Compared by the mAP that evaluations
+left beside the checkpoints, and by the sweeps of its own run."""
 
 from __future__ import annotations
 
@@ -12,7 +13,15 @@ from imkd_data.errors import ImkdError
 from imkd_models.checkpoint import load_checkpoint
 from pipelines.run import Run
 
-__all__ = ["MARGIN_MAP", "NO_BASELINE", "own_scores", "record_scores", "teacher_records", "teacher_warnings"]
+__all__ = [
+    "MARGIN_MAP",
+    "NO_BASELINE",
+    "own_scores",
+    "record_scores",
+    "sweep_warnings",
+    "teacher_records",
+    "teacher_warnings",
+]
 
 MARGIN_MAP = 0.05  # a teacher should lead by five points of mAP (imkd: section 2.1)
 # Published mAP of the camera-radar baselines on nuScenes val, the yardstick where no own baseline was scored.
@@ -119,6 +128,24 @@ def teacher_warnings(
             lines.append(
                 f"teacher {name} has {100 * scores['map']:.1f} mAP, but {model_name or 'this student'} has no known baseline: "
                 "--set baseline=CKPT of the undistilled student"
+            )
+    return lines
+
+
+def sweep_warnings(run: Run, teachers: Mapping[str, Path | str], stored: int) -> list[str]:
+    """One line per teacher that was trained on another number of LiDAR sweeps than this run shows it. stored: sweeps of the
+    cache, which 0 stands for."""
+    lines = []
+    shown = run.loader.lidar_sweeps or stored
+    for name, path in teachers.items():
+        loader = dict(dict(load_checkpoint(path).meta.get("run") or {}).get("loader") or {})
+        if name == "label" or "lidar_sweeps" not in loader:  # the label encoder reads the truth; imported weights say nothing
+            continue
+        trained = int(loader["lidar_sweeps"]) or stored
+        if trained != shown:
+            lines.append(
+                f"teacher {name} was trained on {trained} LiDAR sweeps and is shown {shown} here: "
+                f"--set loader.lidar_sweeps={trained}"
             )
     return lines
 

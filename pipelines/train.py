@@ -35,7 +35,7 @@ from pipelines.optimise import Ema, lr_factor, make_optimiser, synchronised
 from pipelines.resumable import check_resumable
 from pipelines.run import Run
 from pipelines.sampling import is_listed, make_paster, saved_rows
-from pipelines.strength import teacher_records, teacher_warnings
+from pipelines.strength import sweep_warnings, teacher_records, teacher_warnings
 from pipelines.trainlog import Meter, Tick, TrainLog
 from pipelines.trainmeta import cache_meta, restore, saved_run, stage_teachers, stream_meta
 
@@ -142,7 +142,10 @@ class _Trainer:
             self.stream.reader.paste = make_paster(run, cache, self.stream.order.rows, out, epochs, write=self.rank == 0)
             self.fabric.barrier()
         self.teacher_records = teacher_records(teachers)
-        self.warnings = teacher_warnings(run, teachers, baseline=run.baseline or None, model_name=self.networks.config.name)
+        self.warnings = [
+            *teacher_warnings(run, teachers, baseline=run.baseline or None, model_name=self.networks.config.name),
+            *sweep_warnings(run, teachers, cache.recipe.lidar_sweeps),
+        ]
         self.meter = Meter(self.global_batch)
         self.losses: dict[str, float] = {}
         self.skips, self.told = 0, set[str]()

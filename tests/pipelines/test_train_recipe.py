@@ -19,7 +19,7 @@ from pipelines.report import make_report
 from pipelines.run import LoaderConfig, OptimConfig, Run
 from pipelines.runs import RUNS
 from pipelines.sampling import balanced, virtual_rows
-from pipelines.strength import own_scores, record_scores, teacher_warnings
+from pipelines.strength import own_scores, record_scores, sweep_warnings, teacher_warnings
 from pipelines.train import train
 
 
@@ -193,6 +193,15 @@ def test_a_weak_teacher_warns_in_log_checkpoint_and_report(
     (teacher / "eval" / "metrics_summary.json").write_text(json.dumps(other))  # of other weights, so it says nothing
     train(run, cache, tmp_path / "unknown", {"lidar": teacher}, accelerator="cpu")
     assert "no score of its own" in load_checkpoint(tmp_path / "unknown").meta["warnings"][0]
+
+
+def test_a_teacher_that_is_shown_other_sweeps_than_it_was_trained_on_is_named(cache: Any, teacher: Path) -> None:
+    run = distilled(baseline="none")
+    assert sweep_warnings(run, {"lidar": teacher}, 2) == []  # both read all that is stored
+    assert sweep_warnings(run.with_values(loader=LoaderConfig(lidar_sweeps=2)), {"lidar": teacher}, 2) == []
+    fewer = run.with_values(loader=LoaderConfig(lidar_sweeps=1))
+    (line,) = sweep_warnings(fewer, {"lidar": teacher, "label": teacher}, 2)
+    assert "teacher lidar was trained on 2 LiDAR sweeps and is shown 1" in line and "--set loader.lidar_sweeps=2" in line
 
 
 def test_what_a_teacher_is_compared_with(teacher: Path) -> None:
