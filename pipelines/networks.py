@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from imkd_data.errors import MismatchError, MissingFeatureError, UsageError
 from imkd_data.loader.batch import Batch
 from imkd_models.blocks import StepCounts
-from imkd_models.checkpoint import load_model, weights_hash
+from imkd_models.checkpoint import load_checkpoint, load_model, weights_hash
 from imkd_models.config import FusionConfig, LabelConfig, ModelConfig, StudentConfig
 from imkd_models.distill import FrozenTeacher, Method, check_needs, make_method
 from imkd_models.distill.base import Distiller
@@ -22,6 +22,7 @@ from imkd_models.presets import build_model, config_from_dict, label_config_for
 from pipelines.cache_teacher import CachedTeacher
 from pipelines.machine import channels_last
 from pipelines.run import Run
+from pipelines.strength import input_convention
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
@@ -34,7 +35,7 @@ STATE_FEATURES = ("rcs_dbsm", "dyn_prop", "ambig_state", "invalid_state", "pdh0"
 @dataclass(slots=True, kw_only=True)
 class Networks:
     """config: of the network as built (method changes applied). teacher_sha256: identity of every teacher's weights.
-    head_start: tensors of the student's head that a fresh one takes from a teacher.
+    head_start: tensors of the student's head that a fresh one takes from a teacher. start: what ``run.start`` gave.
     kept: networks that the checkpoint must hold besides the model (a label encoder's LiDAR teacher)."""
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Networks:
     options: dict[str, Any] = field(default_factory=dict)
     teacher_sha256: dict[str, str] = field(default_factory=dict)
     head_start: tuple[str, ...] = ()
+    start: dict[str, Any] = field(default_factory=dict)
     kept: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
@@ -120,7 +122,8 @@ def build_networks(run: Run, teachers: Mapping[str, Path | str] | None = None, *
 
     Raises:
         MissingFeatureError: a teacher is not given, or a network does not deliver what the method reads.
-        UsageError: a teacher that nothing uses. MismatchError: a label encoder of another LiDAR teacher.
+        UsageError: a teacher that nothing uses. MismatchError: a label encoder of another LiDAR teacher, a start that does
+        not fit.
     """
     given = dict(teachers or {})
     torch.manual_seed(run.seed)
@@ -139,12 +142,13 @@ def build_networks(run: Run, teachers: Mapping[str, Path | str] | None = None, *
                 found=", ".join(given),
                 next="choose a method with --method (see `imkd methods`)",
             )
-        return Networks(model=build_model(config, pretrained=pretrained), config=config)
+        model, start = _started(run, config, pretrained)
+        return Networks(model=model, config=config, start=start)
     options = method.make_options(run.options)
     if options.neighbours and run.batch_size < 2:
         raise UsageError(f"{', '.join(options.neighbours)} needs a batch of at least 2", found=f"batch_size={run.batch_size}")
     config = config.with_values(**method.changes(options))
-    model = build_model(config, pretrained=pretrained)
+    model, start = _started(run, config, pretrained)
     wanted = method.teachers_for(options)
     if extra := sorted(set(given) - set(wanted)):
         raise UsageError(
@@ -170,7 +174,36 @@ def build_networks(run: Run, teachers: Mapping[str, Path | str] | None = None, *
         options=options.as_dict(),
         teacher_sha256=hashes,
         head_start=head_start,
+        start=start,
     )
+
+
+def _started(run: Run, config: ModelConfig, pretrained: bool) -> tuple[Any, dict[str, Any]]:
+    """The network, with the tensors of ``run.start`` where name and shape agree, and what that was: weights_sha256, tensors
+    (number taken), new (names of those that begin as built)."""
+    model = build_model(config, pretrained=pretrained and not run.start)
+    if not run.start:
+        return model, {}
+    saved = load_checkpoint(run.start)
+    own, theirs = model.state_dict(), saved.model
+    taken = [name for name, value in own.items() if name in theirs and theirs[name].shape == value.shape]
+    there, here = ((m["model"].get("kind"), input_convention(m)) for m in (saved.meta, {"model": config.as_dict()}))
+    if not taken or there != here:
+        raise MismatchError(
+            "the checkpoint to start from belongs to another network",
+            file=run.start,
+            expected=f"{here[0]} with inputs in convention {here[1]}, tensors like {', '.join(list(own)[:3])}",
+            found=f"{there[0]}, {there[1]}, {', '.join(list(theirs)[:3])}",
+            next="start from a network of the same kind",
+        )
+    with torch.no_grad():
+        for name in taken:
+            own[name].copy_(theirs[name])
+    return model, {
+        "weights_sha256": saved.meta["weights_sha256"],
+        "tensors": len(taken),
+        "new": sorted(set(own) - set(taken)),
+    }
 
 
 _ADVICE = {"label": "; without it: --set stage2_label=off"}
@@ -206,6 +239,8 @@ def _check_label_teacher(metas: Mapping[str, Any], hashes: Mapping[str, str]) ->
 def _label_networks(run: Run, config: LabelConfig, given: Mapping[str, Path | str]) -> Networks:
     if run.method:
         raise UsageError("a label encoder is trained without a method", found=run.method)
+    if run.start:
+        raise UsageError("a label encoder starts from its LiDAR teacher", found=f"start={run.start}")
     _refuse_missing(f"run {run.name}", ("lidar",), given)
     if extra := sorted(set(given) - {"lidar"}):
         raise UsageError("a label encoder has one teacher, lidar", found=", ".join(extra))

@@ -89,10 +89,11 @@ class Run:
     times devices; the difference is made up by accumulation). epochs or max_steps end the run (max_steps wins when set).
     precision: of the trained network's layers; evaluation is float32 always. teacher_precision: frozen teachers run in float32,
     as their stored maps were made, or (``run``) in the run's precision: faster, and another target by its rounding.
-    sync_batchnorm: batch statistics over all GPUs. validate_every: steps between validations by the official metric,
-    0 = never. checkpoint_every: steps, 0 = at the end of every epoch. baseline: checkpoint of the undistilled student, with
-    which teachers are compared, or ``none`` where no comparison is meant. stages: a run of several networks trains them in
-    order; a stage named ``teacher``, ``label`` or ``student`` gives its checkpoint to the later ones.
+    start: checkpoint whose tensors a new network takes where name and shape agree; the rest begins as built, optimiser, step
+    and average anew. sync_batchnorm: batch statistics over all GPUs. validate_every: steps between validations by the
+    official metric, 0 = never. checkpoint_every: steps, 0 = at the end of every epoch. baseline: checkpoint of the
+    undistilled student, with which teachers are compared, or ``none`` where no comparison is meant. stages: a run of several
+    networks trains them in order; a stage named ``teacher``, ``label`` or ``student`` gives its checkpoint to the later ones.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Run:
     validate_every: int = 0
     tensorboard: bool = True
     baseline: str = ""
+    start: str = ""
     optim: OptimConfig = field(default_factory=OptimConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     stages: tuple[Run, ...] = ()

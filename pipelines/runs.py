@@ -252,12 +252,13 @@ def _crkd_student(name: str, summary: str) -> Run:
 
 
 def crkd_r50() -> Run:
-    """CRKD as published, ResNet-50, its own grid; needs --teacher fusion=CKPT on that grid (crkd_teacher, or imported)."""
+    """CRKD, ResNet-50, its own grid; needs --teacher fusion=CKPT on that grid (crkd_teacher, or imported). As published it
+    goes on from a trained student: ``--set start=CKPT``; without it the student starts from image weights alone."""
     return _crkd_student("crkd_r50", "CRKD student, ResNet-50, 180x180 cells of 0.6 m")
 
 
 def crkd_swin_t() -> Run:
-    """CRKD as published, Swin-T."""
+    """CRKD, Swin-T; teacher and start as for ``crkd_r50``."""
     return _crkd_student("crkd_swin_t", "CRKD student, Swin-T, 180x180 cells of 0.6 m")
 
 

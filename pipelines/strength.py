@@ -16,6 +16,7 @@ from pipelines.run import Run
 __all__ = [
     "MARGIN_MAP",
     "NO_BASELINE",
+    "input_convention",
     "own_scores",
     "record_scores",
     "sweep_warnings",
@@ -57,7 +58,7 @@ def own_scores(checkpoint: Path | str) -> dict[str, Any] | None:
     return None
 
 
-def _convention(meta: Mapping[str, Any]) -> str:
+def input_convention(meta: Mapping[str, Any]) -> str:
     """Input convention of a network; a LiDAR-camera teacher keeps it with its camera side."""
     model = dict(meta["model"])
     return str(model.get("convention") or dict(model.get("student") or {}).get("convention") or "bev")
@@ -75,7 +76,7 @@ def record_scores(checkpoint: Path | str, meta: Mapping[str, Any], summary: Mapp
             "samples": summary.get("num_samples"),
             "engine": summary.get("engine"),
             "cache": summary.get("cache"),
-            "convention": _convention(meta),
+            "convention": input_convention(meta),
         }
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         partial.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -90,7 +91,7 @@ def teacher_records(teachers: Mapping[str, Path | str]) -> dict[str, dict[str, A
     for name, path in teachers.items():
         meta = load_checkpoint(path).meta
         scores = own_scores(path) or {}
-        own = {"weights_sha256": meta["weights_sha256"], "convention": _convention(meta)}
+        own = {"weights_sha256": meta["weights_sha256"], "convention": input_convention(meta)}
         out[name] = {**own, "map": scores.get("map"), "nds": scores.get("nds")}
     return out
 

@@ -37,7 +37,7 @@ from pipelines.run import Run
 from pipelines.sampling import is_listed, make_paster, saved_rows
 from pipelines.strength import sweep_warnings, teacher_records, teacher_warnings
 from pipelines.trainlog import Meter, Tick, TrainLog
-from pipelines.trainmeta import cache_meta, restore, saved_run, stage_teachers, stream_meta
+from pipelines.trainmeta import cache_meta, restore, saved_run, stage_teachers, start_warnings, stream_meta
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
@@ -124,7 +124,9 @@ class _Trainer:
         self.fabric = make_fabric(run, machine)
         self.world, self.rank = self.fabric.world_size, self.fabric.global_rank
         self.global_batch, self.accumulate = accumulation(run, self.world)
-        self.networks: Networks = build_networks(run, teachers, pretrained=self.saved is None)
+        fresh = run if self.saved is None else run.with_values(start="")
+        self.networks: Networks = build_networks(fresh, teachers, pretrained=self.saved is None)
+        self.start = self.networks.start if self.saved is None else self.saved.meta.get("start", {})
         if run.loader.cached_teachers:
             use_cached_teachers(self.networks, cache)
         self.stream = self._stream()
@@ -145,6 +147,7 @@ class _Trainer:
         self.warnings = [
             *teacher_warnings(run, teachers, baseline=run.baseline or None, model_name=self.networks.config.name),
             *sweep_warnings(run, teachers, cache.recipe.lidar_sweeps),
+            *start_warnings(self.start),
         ]
         self.meter = Meter(self.global_batch)
         self.losses: dict[str, float] = {}
@@ -359,6 +362,7 @@ class _Trainer:
             "networks": {n: m.config.as_dict() for n, m in self.networks.kept.items()},  # type: ignore[union-attr,operator]
             "teachers": self.networks.teacher_sha256,
             "head_start": self.networks.head_start,
+            "start": self.start,
             "cache": cache_meta(self.cache, self.stream),
             "stream": stream_meta(self.stream),
             "teacher_records": self.teacher_records,

@@ -18,7 +18,7 @@ from pipelines.run import Run
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
 
-__all__ = ["cache_meta", "restore", "saved_run", "stage_teachers", "stream_meta"]
+__all__ = ["cache_meta", "restore", "saved_run", "stage_teachers", "start_warnings", "stream_meta"]
 
 # Stage name -> the teacher name under which later stages use it.
 _TEACHER_OF_STAGE = {"teacher": "lidar", "label": "label", "fusion": "fusion"}
@@ -65,6 +65,14 @@ def stream_meta(stream: Stream) -> dict[str, Any]:
         "radar_sweeps": request.radar_sweeps,
         "lidar_sweeps": request.lidar_sweeps,
     }
+
+
+def start_warnings(start: Mapping[str, Any]) -> list[str]:
+    """A line about the tensors that the checkpoint to start from does not hold."""
+    if not start.get("new"):
+        return []
+    modules = ", ".join(dict.fromkeys(name.split(".")[0] for name in start["new"]))
+    return [f"{start['tensors']} tensors come from the start checkpoint, {len(start['new'])} begin as built: {modules}"]
 
 
 def saved_run(out: Path, resume: bool | str) -> Checkpoint | None:

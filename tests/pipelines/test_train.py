@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -284,6 +285,34 @@ def test_what_a_method_saw_is_logged_and_probed_as_it_trained(
     assert given[0] is given[1]
     batch = given[0]
     assert batch.lidar is not None and not batch.lidar.age_s.any()  # the key sweep alone; the cache has two
+
+
+def test_a_run_starts_from_a_trained_network(
+    cache: Any, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """CRKD's student comes from a trained one and brings a block of its own; a continued run no longer needs that file."""
+    plain = train(toy_run("student", max_steps=1), cache, tmp_path / "plain", accelerator="cpu").checkpoint
+    theirs = load_checkpoint(plain)
+    again = build_networks(toy_run("student", start=str(plain), seed=9))
+    assert again.start == {"weights_sha256": theirs.meta["weights_sha256"], "tensors": len(theirs.model), "new": []}
+    assert all(torch.equal(v, theirs.model[k]) for k, v in again.model.state_dict().items())
+
+    moved = tmp_path / "moved"
+    plain.parent.rename(moved)
+    run = toy_run("student", method="imkd", options={"stage2_label": "off"}, max_steps=1, start=str(moved))
+    train(run, cache, tmp_path / "imkd", {"lidar": whole}, accelerator="cpu")
+    assert "begin as built: fuser" in capsys.readouterr().err
+    start = load_checkpoint(tmp_path / "imkd").meta["start"]
+    assert start["weights_sha256"] == theirs.meta["weights_sha256"] and start["tensors"] > len(start["new"]) > 0
+    shutil.rmtree(moved)
+    more = run.with_values(max_steps=2)
+    assert train(more, cache, tmp_path / "imkd", {"lidar": whole}, resume=True, accelerator="cpu").step == 2
+    assert load_checkpoint(tmp_path / "imkd").meta["start"] == start
+
+    with pytest.raises(MismatchError, match="another network"):
+        build_networks(toy_run("student", start=str(whole)))
+    with pytest.raises(UsageError, match="label encoder"):
+        build_networks(toy_run("label", start=str(whole)), {"lidar": whole})
 
 
 def test_a_label_encoder_of_another_teacher_is_refused(cache: Any, whole: Path, tmp_path: Path) -> None:
