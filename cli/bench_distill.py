@@ -62,7 +62,13 @@ def _names(text: str | None) -> tuple[str, ...]:
 @click.option(
     "--held-in", default=0, type=click.IntRange(min=0), help="Tune: score the last N train scenes, left out of training."
 )
-@click.option("--try", "tries", multiple=True, metavar="METHOD:K=V,...", help="With --held-in: another setting of a method.")
+@click.option(
+    "--try",
+    "tries",
+    multiple=True,
+    metavar="METHOD:K=V,...",
+    help="With --held-in: another setting of a method; what it does not name is the method's default.",
+)
 @click.option("--teachers", type=PATH, help="OUT of another benchmark: use its teachers.")
 @click.option("--max-runs", type=click.IntRange(min=0), help="Stop after so many new runs.")
 @click.option("--no-admission", is_flag=True, help="Run methods on a world that does not pass; the table says so.")
