@@ -398,9 +398,13 @@ def all_rows(preset: str = "tiny") -> list[Row]:
     own = {r.method: METHODS[r.method].make_options(r.options) for r in main if r.method and r.kind == "method"}
     others = [_weighted(r, weights) for r in (*_controls(), *_ablations(), *_defects())]
 
+    unmoved = PRESETS[preset].settings.get("loader.augment.enabled") == "false"  # then view and planes hold the same
+
     def repeats(row: Row) -> bool:
-        method = row.method if row.kind == "ablation" else None
-        return method is not None and METHODS[method].make_options(row.options) == own[method]
+        if row.method is None or row.kind != "ablation":
+            return False
+        view = unmoved and row.options.get("intensity_from") == "view"
+        return view or METHODS[row.method].make_options(row.options) == own[row.method]
 
     return [*main, *_with_twins([r for r in others if not repeats(r)])]
 

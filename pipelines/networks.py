@@ -309,7 +309,9 @@ def stream_values(networks: Networks) -> dict[str, Any]:
     if networks.distiller is not None:
         parts |= set(networks.distiller.needs.batch)
     own = networks.config.history if isinstance(networks.config, StudentConfig) else (0,)
-    return {
+    # A method that asks for the view (IMKD's intensity_from=view) gets it as stored and moved, not made of the fine planes.
+    view = {"intensity_from": "view"} if "lidar_intensity" in parts else {}
+    return view | {
         "fields": tuple(sorted(parts)),
         "history": tuple(own),
         "image_hw_px": image_hw,

@@ -82,7 +82,7 @@ class ImkdOptions(MethodOptions):
     intensity_from: str = option("planes", "exact fine planes, the stored view, or LiDAR points", choices=FROM)
     rho: float = option(0.2, "I_L of an occupied cell without reflectance", low=0, high=1)
     intensity_max_share: float = option(0.5, "share of the maximum against the mean reflectance", low=0, high=1)
-    intensity_full_scale: float = option(255.0, "reflectance of the sensor that counts as 1", low=1e-6)
+    intensity_full_scale: float = option(255.0, "planes: reflectance of the sensor that counts as 1", low=1e-6)
     intensity_normalise: str = option("none", "max: divide I_L by its maximum in each sample", choices=NORMALISE)
     intensity_threshold: float = option(0.0, "set I_L below this to 0", low=0, high=1)
     intensity_top_fraction: float = option(1.0, "keep only this share of the occupied cells", low=0, high=1)
@@ -93,6 +93,12 @@ class ImkdOptions(MethodOptions):
         if self.stage3_supervision and not self.stage3 and self.lambda_int > 0:
             raise RecipeError(
                 "stage3_supervision teaches the stage 3 fuser", found="stage3 off", next="set stage3_supervision=off"
+            )
+        if self.intensity_control == "occupancy" and self.intensity_source not in ("reflectance", "mix"):
+            raise RecipeError(
+                "intensity_control=occupancy replaces reflectance values",
+                expected="intensity_source=reflectance or mix",
+                found=f"intensity_source={self.intensity_source}",
             )
 
     @property

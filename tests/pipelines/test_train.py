@@ -255,6 +255,9 @@ def test_a_teacher_that_only_lends_its_head_does_not_run_in_the_steps(cache: Any
     same = [torch.equal(v, theirs[k]) for k, v in networks.model.head.state_dict().items() if not k.startswith("shared")]
     assert same and all(same)
     distilled = build_networks(twin.with_values(options={}), {"lidar": whole})
+    assert "intensity_from" not in stream_values(distilled)
+    view = twin.with_values(method="imkd", options={"stage2_label": False, "intensity_from": "view"})
+    assert stream_values(build_networks(view, {"lidar": whole}))["intensity_from"] == "view"  # not made of the planes
     assert "lidar_points" in stream_values(distilled)["fields"] and set(distilled.teachers) == {"lidar"}
     assert train(twin, cache, tmp_path / "twin", {"lidar": whole}, accelerator="cpu").step == 1
     started = load_checkpoint(tmp_path / "twin").meta["head_start"]

@@ -278,7 +278,9 @@ def test_grids_must_match_and_teachers_must_be_there() -> None:
         _distiller()(replace(fake_outputs(STUDENT, 1), grid=moved), _teachers(), fake_batch())
 
 
-def test_supervision_without_the_fuser_is_refused() -> None:
+def test_contradictory_options_are_refused() -> None:
+    with pytest.raises(RecipeError, match="occupancy"):
+        METHODS["imkd"].make_options({"intensity_control": "occupancy", "intensity_source": "heatmap"})
     with pytest.raises(RecipeError, match="stage3"):
         METHODS["imkd"].make_options({"stage3": False})
     assert METHODS["imkd"].changes(METHODS["imkd"].make_options({"stage3": False, "stage3_supervision": False})) == {}
