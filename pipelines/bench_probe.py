@@ -60,8 +60,9 @@ def _shares(networks: Networks, batch: Batch) -> dict[str, dict[str, float]]:
     outputs = model(batch)
     task = torch.stack(list(model.loss(outputs, batch).values())).sum()
     terms = networks.distiller(outputs, {n: t(batch) for n, t in networks.teachers.items()}, batch)  # type: ignore[misc]
-    parts = {name: [p for p in child.parameters() if p.requires_grad] for name, child in model.named_children()}
-    parts = {name: group for name, group in {WHOLE: list(model.parameters()), **parts}.items() if group}
+    modules = {WHOLE: model, **dict(model.named_children())}
+    parts = {name: [p for p in module.parameters() if p.requires_grad] for name, module in modules.items()}
+    parts = {name: group for name, group in parts.items() if group}
     norms = gradient_norms({"task": task, **terms}, parts)
     base = norms.pop("task")
     return {term: {p: round(v / base[p], 4) for p, v in found.items() if base[p] > 0} for term, found in norms.items()}
