@@ -239,11 +239,11 @@ def test_a_networks_own_scores_are_kept_beside_it(cache: Any, tmp_path: Path) ->
 
 def test_the_convention_of_a_lidar_camera_teacher_is_that_of_its_camera_side() -> None:
     from imkd_models.presets import crkd_teacher_config, fusion_config, preset_config
-    from pipelines.strength import _convention
+    from pipelines.strength import input_convention
 
     pillars = preset_config("centerpoint_pillar", convention="mmdet3d_lwh")
     for config, convention in ((crkd_teacher_config(), "bevfusion"), (fusion_config(), "bev"), (pillars, "mmdet3d_lwh")):
-        assert _convention({"model": config.as_dict()}) == convention
+        assert input_convention({"model": config.as_dict()}) == convention
 
 
 def test_settings_that_came_later_do_not_stop_a_resume(cache: Any, tmp_path: Path) -> None:
