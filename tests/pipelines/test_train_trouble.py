@@ -25,6 +25,7 @@ from pipelines.networks import TrainUnit, build_networks
 from pipelines.optimise import synchronised
 from pipelines.run import LoaderConfig
 from pipelines.train import train
+from pipelines.trainlog import TrainLog
 
 HERE = Path(__file__).parent
 
@@ -53,6 +54,21 @@ def test_skip_names_logs_and_counts(tmp_path: Path, capsys: pytest.CaptureFixtur
 
     with pytest.raises(MismatchError, match="on_bad_sample"):
         train(toy_run(), cache, tmp_path / "whole", resume=True, accelerator="cpu")
+
+
+def test_a_resumed_log_keeps_warnings_and_drops_later_steps(tmp_path: Path) -> None:
+    log = TrainLog(tmp_path, resumed_step=0, tensorboard=False)
+    log.write(1, {"loss": 2.0})
+    log.warn(["sample a is skipped"])
+    log.write(2, {"loss": 1.0})
+    log.close()
+    with log.path.open("a") as file:
+        file.write('{"step": 3, "lo')
+    again = TrainLog(tmp_path, resumed_step=1, tensorboard=False)
+    again.warn(["sample b is skipped"])
+    again.close()
+    lines = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert [line.get("step", line.get("warning")) for line in lines] == [1, "sample a is skipped", "sample b is skipped"]
 
 
 def test_another_ranks_trouble_stops_this_one_before_its_forward_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
