@@ -146,7 +146,7 @@ def test_joined_methods_give_the_terms_of_both_and_keep_the_projector_out_of_dec
     other = method.make_options({"imkd": {"intensity_control": "other_sample"}, "dual_distill.teacher_sample": "other"})
     assert other.neighbours == ("imkd.intensity_control=other_sample", "dual_distill.teacher_sample=other")
     without = method.make_options(method.twin_options)
-    assert not method.build(without, student, teachers, GRID).terms(step(fake_batch())[0], {}, fake_batch())
+    assert method.build(without, student, teachers, GRID)(step(fake_batch())[0], {}, fake_batch()) == {}
 
 
 # -------------------------------------------------------------------------------------------------- the project's networks
