@@ -214,12 +214,15 @@ def agreement(found: BoxBatch, truth: BoxBatch, groups: Sequence[Sequence[str]] 
     match = (distance < 2.0) & same & found.valid_BM[:, :, None] & truth.valid_BM[:, None]
     hit = match.any(2) if match.numel() else torch.zeros_like(found.valid_BM)
     caught = match.any(1) if match.numel() else torch.zeros_like(truth.valid_BM)
+
+    def member(label_BM: Tensor, group: Sequence[str]) -> Tensor:  # numbers, no tensor of labels: a GPU would wait for its copy
+        return torch.stack([label_BM == LABEL_FROM_CLASS[name] for name in group]).any(0)
+
     out = {}
     for group in ((), *groups):
-        labels = torch.tensor([LABEL_FROM_CLASS[name] for name in group], device=distance.device)
         ours, theirs = found.valid_BM, truth.valid_BM
         if group:
-            ours, theirs = ours & torch.isin(found.label_BM, labels), theirs & torch.isin(truth.label_BM, labels)
+            ours, theirs = ours & member(found.label_BM, group), theirs & member(truth.label_BM, group)
         count, real = ours.sum(), theirs.sum()
         end = "_".join(("", *group))
         out[f"pseudo{end}"] = count.float()

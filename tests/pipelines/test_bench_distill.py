@@ -19,8 +19,9 @@ import pipelines.bench_rows as bench_rows
 from imkd_data import open_cache
 from imkd_data.errors import ImkdError, MismatchError, UsageError
 from imkd_models.distill import METHODS
+from pipelines.bench_ablations import ABLATIONS
 from pipelines.bench_report import _costs, _parts_nds, admission_test
-from pipelines.bench_rows import ABLATIONS, BLOCKS, PRESETS, Row, all_rows, rows_of, with_tries
+from pipelines.bench_rows import BLOCKS, PRESETS, Row, all_rows, rows_of, with_tries
 from pipelines.bench_statistics import smallest_detectable
 
 GAIN = {"teacher_lidar": 20.0, "teacher_fusion": 21.0, "camera_only": -5.0, "radar_only": -12.0, "imkd": 3.0, "crkd": 1.0}
