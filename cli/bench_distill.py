@@ -32,7 +32,7 @@ def _names(text: str | None) -> tuple[str, ...]:
 
 
 @click.command("distill")
-@click.option("--preset", default="tiny", show_default=True, help="smoke, tiny (CPU), small (one GPU) or nuscenes.")
+@click.option("--preset", default="tiny", show_default=True, help="smoke, tiny or long (CPU), small (one GPU) or nuscenes.")
 @click.option("--seeds", default="0..5", show_default=True)
 @click.option(
     "--out",

@@ -43,6 +43,7 @@ class Bench:
     materials: str = "class"
     devices: int = 1
     held_in: int = 0
+    stored: Cache | None = None  # with teachers' maps, for runs that read them
 
     @property
     def scored(self) -> dict[str, Any]:
@@ -73,6 +74,7 @@ def train_and_score(
 
     weights = {n: _weights_sha256(p) for n, p in teachers.items()}
     asked = {"run": {**run.as_dict(), "summary": ""}, "cache": bench.cache.id, "teachers": weights}
+    cache = bench.stored if bench.stored is not None and run.loader.cached_teachers else bench.cache
     identity = sha256(canonical_json(asked)).hexdigest()
     done = folder / "score.json"
     if done.is_file():
@@ -92,13 +94,13 @@ def train_and_score(
     cpu, started = time.process_time(), time.perf_counter()
     if bench.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    losses = _train(bench, run, folder / "train", teachers)
+    losses = _train(bench, run, cache, folder / "train", teachers)
     cost = {
         "train_seconds": round(time.perf_counter() - started, 2) if seen else None,
         "cpu_seconds": round(time.process_time() - cpu, 2) if seen else None,
         "seconds_per_step": _seconds_per_step(folder / "train", run.global_batch or run.batch_size),
         "device": bench.device,
-        "counted_mib": round(counted_memory(run, bench.cache, teachers)[0].counted / 2**20, 1),
+        "counted_mib": round(counted_memory(run, cache, teachers)[0].counted / 2**20, 1),
     }
     if bench.device == "cuda":
         cost["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
@@ -121,7 +123,7 @@ def train_and_score(
     if facts["kind"] in ("method", "control"):
         from pipelines.bench_probe import probe_terms
 
-        score["probe"] = probe_terms(run, bench.cache, checkpoint, teachers, device=bench.device)
+        score["probe"] = probe_terms(run, cache, checkpoint, teachers, device=bench.device)
     write_json(done, score)
     return score
 
@@ -133,7 +135,7 @@ def _completed(asked: Mapping[str, Any]) -> bytes:
     return canonical_json({**asked, "run": Run.from_dict(asked["run"]).as_dict()})
 
 
-def _train(bench: Bench, run: Run, out: Path, teachers: Mapping[str, Path]) -> dict[str, float]:
+def _train(bench: Bench, run: Run, cache: Cache, out: Path, teachers: Mapping[str, Path]) -> dict[str, float]:
     """Train or continue; the last logged losses. Several devices train in a process of their own: Fabric starts the other
     ranks by repeating the command line, and this one has the benchmark's state."""
     from pipelines.strength import NO_BASELINE
@@ -145,7 +147,7 @@ def _train(bench: Bench, run: Run, out: Path, teachers: Mapping[str, Path]) -> d
 
         done = train(
             run,
-            bench.cache,
+            cache,
             out,
             dict(teachers),
             resume="auto",
@@ -155,7 +157,7 @@ def _train(bench: Bench, run: Run, out: Path, teachers: Mapping[str, Path]) -> d
         return dict(done.losses)
     config = out.parent / "run.json"
     write_json(config, run.as_dict())
-    words = [sys.executable, "-m", "cli", "train", run.name, "--config", str(config), "--cache", str(bench.cache.path)]
+    words = [sys.executable, "-m", "cli", "train", run.name, "--config", str(config), "--cache", str(cache.path)]
     words += ["--out", str(out), "--resume", "auto", "--devices", str(bench.devices), "--accelerator", bench.accelerator]
     words += [w for name, path in teachers.items() for w in ("--teacher", f"{name}={path}")]
     failed = subprocess.run(words, check=False).returncode

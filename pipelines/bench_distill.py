@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from imkd_data.errors import UsageError
 from pipelines.bench_cell import Bench, train_and_score
 from pipelines.bench_rows import PRESETS, Row, rows_of, with_tries
-from pipelines.bench_world import make_cache, make_world, write_json
+from pipelines.bench_world import make_cache, make_world, store_teachers, write_json
 
 if TYPE_CHECKING:
     from pipelines.run import Run
@@ -152,6 +152,9 @@ def bench_distill(
     cells = _order(plan, tuple(seeds))
     state["total"] = len(cells)
     given = _teachers(bench, plan, None if teachers is None else Path(teachers))
+    if chosen.stored_teachers and (maps := _maps_read(plan, given)):
+        with _held(root / "stored", wait=True):
+            bench = replace(bench, stored=store_teachers(root, opened, maps, bench.device, tell))
     must_pass = chosen.admission and not held_in if admission is None else admission
     new = 0
     for row, seed in cells:
@@ -268,6 +271,21 @@ def _borrow(theirs: Path, folder: Path) -> Path:
     return theirs / "train" / "last.ckpt"
 
 
+def _maps_read(plan: Sequence[Row], given: Mapping[str, Path]) -> dict[Path, tuple[str, ...]]:
+    """What the plan's methods read of teachers that are not label encoders: checkpoint -> maps."""
+    from imkd_models.distill import make_method
+    from pipelines.cache_teacher import stored_maps
+
+    wanted: dict[Path, dict[str, None]] = {}
+    for row in plan:
+        method = make_method(row.method) if row.method else None
+        needs = {} if method is None else method.needs_for(method.make_options(row.options)).teachers
+        for name, features in needs.items():
+            if name != "label":
+                wanted.setdefault(given[name], {}).update(dict.fromkeys(stored_maps(features)))
+    return {checkpoint: tuple(features) for checkpoint, features in wanted.items()}
+
+
 def _run(bench: Bench, network: str, *, seed: int) -> Run:
     from pipelines.runs import get_run
 
@@ -295,6 +313,8 @@ def run_cell(bench: Bench, row: Row, seed: int, teachers: Mapping[str, Path]) ->
         method = make_method(row.method)
         given = {n: teachers[n] for n in method.teachers_for(method.make_options(row.options))}
         run = run.with_method(row.method).with_values(options=dict(row.options))
+        if bench.stored is not None and set(given) - {"label"}:
+            run = run.with_values(loader=replace(run.loader, cached_teachers=True))
     facts = {f: getattr(row, f) for f in ("kind", "block", "method", "twin", "note")} | {"row": row.name, "seed": seed}
     return train_and_score(bench, _folder(bench, row, seed), run, given, facts=facts)
 

@@ -20,12 +20,13 @@ from imkd_data.loader.batch import Batch
 from imkd_data.loader.stream import stream
 from imkd_models.checkpoint import load_model
 from imkd_models.distill import FrozenTeacher
+from imkd_models.distill.needs import HEAD
 from imkd_models.outputs import Outputs
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
 
-__all__ = ["CachedTeacher", "cache_features", "field_name"]
+__all__ = ["CachedTeacher", "cache_features", "field_name", "stored_maps"]
 
 F16_MAX = 65504.0
 
@@ -33,6 +34,12 @@ F16_MAX = 65504.0
 def field_name(weights_sha256: str, feature: str) -> str:
     """Name of a stored map."""
     return f"teacher_{weights_sha256[:8]}_{feature}"
+
+
+def stored_maps(wanted: Sequence[str]) -> tuple[str, ...]:
+    """Maps to store for what a method reads of a teacher: its features, and the neck where it reads the head."""
+    features = [f for f in wanted if f != HEAD]
+    return tuple(dict.fromkeys([*features, *(["bev_neck"] if HEAD in wanted else [])]))
 
 
 def _unused(*_: Any) -> Stored:
@@ -117,10 +124,10 @@ def _half(value: Tensor, feature: str, token: str) -> Any:
 class CachedTeacher(FrozenTeacher):
     """A frozen teacher whose maps come with the batch; its head runs on the stored neck where the method needs the head."""
 
-    def __init__(self, teacher: FrozenTeacher, weights_sha256: str, features: Sequence[str], *, head: bool) -> None:
+    def __init__(self, teacher: FrozenTeacher, weights_sha256: str, wanted: Sequence[str]) -> None:
         super().__init__(teacher.network, name=teacher.name)
-        self.stored = {f: field_name(weights_sha256, f) for f in dict.fromkeys([*features, *(["bev_neck"] if head else [])])}
-        self.with_head = head
+        self.stored = {f: field_name(weights_sha256, f) for f in stored_maps(wanted)}
+        self.with_head = HEAD in wanted
 
     def check(self, cache: Cache) -> None:
         """Errors: MissingFeatureError naming the command that stores what is missing."""

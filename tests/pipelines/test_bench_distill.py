@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from pipelines.bench_ablations import ABLATIONS
 from pipelines.bench_report import _costs, _parts_nds, admission_test
 from pipelines.bench_rows import BLOCKS, PRESETS, Row, all_rows, rows_of, with_tries
 from pipelines.bench_statistics import smallest_detectable
+from pipelines.bench_world import store_teachers
 
 GAIN = {"teacher_lidar": 20.0, "teacher_fusion": 21.0, "camera_only": -5.0, "radar_only": -12.0, "imkd": 3.0, "crkd": 1.0}
 
@@ -455,6 +457,51 @@ def test_the_smoke_preset_runs_for_real_and_continues(tmp_path: Path, capsys: py
     assert "warning" not in capsys.readouterr().err  # of a teacher whose lead is unknown: admission compares it
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("score.json")}
     assert bench.bench_distill(**values) == first and all(p.stat().st_mtime_ns == t for p, t in stamps.items())
+
+
+@pytest.mark.slow
+def test_stored_teachers_train_as_running_ones_and_leave_the_cache_alone(tmp_path: Path, monkeypatch: Any) -> None:
+    still = replace(PRESETS["smoke"], settings={"loader.augment.enabled": "false"})
+    values: dict[str, Any] = {"preset": "smoke", "seeds": (0,), "rows": ("imkd",), "accelerator": "cpu"}
+    monkeypatch.setitem(PRESETS, "smoke", still)
+    live = bench.bench_distill(**values, out=tmp_path / "live")
+    given = {"world": tmp_path / "live/world", "cache": tmp_path / "live/cache", "teachers": tmp_path / "live"}
+    manifest = (tmp_path / "live/cache/manifest.json").read_bytes()
+    monkeypatch.setitem(PRESETS, "smoke", replace(still, stored_teachers=True))
+    kept = bench.bench_distill(**values, out=tmp_path / "kept", **given)
+
+    assert (tmp_path / "live/cache/manifest.json").read_bytes() == manifest
+    added = set(open_cache(tmp_path / "kept/stored").fields) - set(open_cache(tmp_path / "live/cache").fields)
+    assert {name.split("_", 2)[2] for name in added} == {"bev_stage1", "bev_stage2", "bev_neck"}
+    names = [(where, row) for where in ("live", "kept") for row in ("imkd", "imkd_twin")]
+    scores = {n: json.loads((tmp_path / n[0] / "runs" / n[1] / "seed0/score.json").read_text()) for n in names}
+    assert [scores["kept", r]["asked"]["run"]["loader"]["cached_teachers"] for r in ("imkd", "imkd_twin")] == [True, False]
+    assert scores["kept", "imkd_twin"]["weights_sha256"] == scores["live", "imkd_twin"]["weights_sha256"]
+    for name, value in scores["live", "imkd"]["losses"].items():
+        assert scores["kept", "imkd"]["losses"][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+    assert scores["kept", "imkd"]["asked"]["cache"] == scores["live", "imkd"]["asked"]["cache"]
+    assert len(live["rows"]) == len(kept["rows"]) and bench.bench_distill(**values, out=tmp_path / "kept", **given) == kept
+
+    base = open_cache(tmp_path / "live/cache")
+    fields = {**base.manifest["fields"], "boxes": {**base.manifest["fields"]["boxes"], "key_recipe_part": "0" * 64}}
+    other: Any = SimpleNamespace(path=base.path, manifest={"fields": fields})
+    with pytest.raises(MismatchError, match="another cache"):
+        store_teachers(tmp_path / "kept", other, {}, "cpu", print)
+
+
+def test_stored_teachers_need_a_preset_without_augmentation() -> None:
+    for preset in PRESETS.values():
+        assert not preset.stored_teachers or preset.settings["loader.augment.enabled"] == "false"
+
+
+def test_only_maps_that_the_plan_reads_are_stored() -> None:
+    given = {name: Path(name) for name in ("lidar", "label", "fusion")}
+    assert bench._maps_read(rows_of(("main",), names=("imkd_label_only",)), given) == {}
+    plan = rows_of(("main",), names=("imkd", "crkd"))
+    maps = bench._maps_read(plan, given)
+    neck_for_the_head = {"bev_stage1", "bev_stage2", "bev_neck"}
+    assert set(maps[Path("lidar")]) == neck_for_the_head
+    assert "bev_neck" in maps[Path("fusion")] and "head" not in maps[Path("fusion")] and Path("label") not in maps
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ from imkd_data.errors import MismatchError, MissingFeatureError
 from imkd_data.loader.augment import IDENTITY
 from imkd_data.loader.stream import stream
 from imkd_models.checkpoint import load_model
-from pipelines.cache_teacher import cache_features
+from pipelines.cache_teacher import CachedTeacher, cache_features
+from pipelines.networks import build_networks, use_cached_teachers
 from pipelines.run import LoaderConfig
 from pipelines.train import train
 
@@ -124,6 +125,17 @@ def test_training_equals_the_online_teacher(world: Path, stored: tuple[str, ...]
     read = train(kept, cache, tmp_path / "b", teachers, accelerator="cpu")
     for name, value in online.losses.items():
         assert read.losses[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+
+
+def test_a_teacher_with_batch_statistics_is_never_replaced(world: Path, stored: tuple[str, ...]) -> None:
+    """Its answer depends on the rest of the batch, which no stored map can hold."""
+    teachers = {"lidar": world / "lidar", "label": world / "label"}
+    for drifting in (False, True):
+        networks = build_networks(toy_run("student", method="imkd", loader=STILL), teachers)
+        networks.teachers["lidar"].batch_statistics = drifting
+        use_cached_teachers(networks, open_cache(world / "cache"))
+        assert isinstance(networks.teachers["lidar"], CachedTeacher) != drifting
+        assert not isinstance(networks.teachers["label"], CachedTeacher)
 
 
 def test_augmentation_and_missing_maps_are_refused(world: Path, stored: tuple[str, ...], tmp_path: Path) -> None:
