@@ -211,8 +211,9 @@ class Distiller(nn.Module):
         return any(name.endswith(part) for part in self.no_decay)
 
     def diagnostic_values(self) -> dict[str, float]:
-        """``diagnostics`` as numbers, those of one element."""
-        return {name: float(value) for name, value in self.diagnostics.items() if value.numel() == 1}
+        """``diagnostics`` as numbers, those of one element; what had nothing to count (NaN) is left out."""
+        values = {name: float(value) for name, value in self.diagnostics.items() if value.numel() == 1}
+        return {name: value for name, value in values.items() if not math.isnan(value)}
 
     def note(self, **values: Tensor | float) -> None:
         """Remember diagnostics of this call."""

@@ -208,7 +208,7 @@ def pseudo_boxes(head: Sequence[HeadMaps], grid: BevGrid, options: DualDistillOp
 @torch.no_grad()
 def agreement(found: BoxBatch, truth: BoxBatch, groups: Sequence[Sequence[str]] = ()) -> dict[str, Tensor]:
     """Number of pseudo boxes, and their precision and recall against truth of the same class within 2 m: of all, and of
-    every group of classes, as ``pseudo_car``, ``pseudo_truck_construction_vehicle``, ..."""
+    every group of classes, as ``pseudo_car``, ``pseudo_truck_construction_vehicle``, ... NaN: no such box to judge."""
     distance = (found.centre_m_BM3[:, :, None, :2] - truth.centre_m_BM3[:, None, :, :2].float()).norm(dim=-1)
     same = found.label_BM[:, :, None] == truth.label_BM[:, None]
     match = (distance < 2.0) & same & found.valid_BM[:, :, None] & truth.valid_BM[:, None]
@@ -226,8 +226,8 @@ def agreement(found: BoxBatch, truth: BoxBatch, groups: Sequence[Sequence[str]] 
         count, real = ours.sum(), theirs.sum()
         end = "_".join(("", *group))
         out[f"pseudo{end}"] = count.float()
-        out[f"precision{end}"] = (hit & ours).sum() / count.clamp(min=1)
-        out[f"recall{end}"] = (caught & theirs).sum() / real.clamp(min=1)
+        out[f"precision{end}"] = (hit & ours).sum() / count.float()
+        out[f"recall{end}"] = (caught & theirs).sum() / real.float()
     return out
 
 

@@ -277,7 +277,11 @@ def test_pseudo_boxes_are_suppressed_clamped_and_measured() -> None:
     assert agreement(found, one_box(x, y, 4, 2, 0.0, label=3))["precision"] == 0
     parts = agreement(found, near, [("car",), ("truck", "bus")])
     assert [float(parts[f"{n}_car"]) for n in ("pseudo", "precision", "recall")] == [1, 1, 1]
-    assert [float(parts[f"{n}_truck_bus"]) for n in ("pseudo", "precision", "recall")] == [0, 0, 0]
+    assert parts["pseudo_truck_bus"] == 0 and parts["precision_truck_bus"].isnan() and parts["recall_truck_bus"].isnan()
+    distiller = _distiller(lambda_mfd=0)
+    distiller.note(**parts)
+    logged = distiller.diagnostic_values()
+    assert logged["precision_car"] == 1 and logged["pseudo_truck_bus"] == 0 and "recall_truck_bus" not in logged
 
 
 @pytest.mark.parametrize("target", ["teacher", "gt", "dense"])
