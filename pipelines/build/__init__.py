@@ -18,7 +18,7 @@ from imkd_data.cache.commit import storage_error
 from imkd_data.cache.extend import finish_pending
 from imkd_data.cache.plan import Plan, make_plan
 from imkd_data.cache.write import Options
-from imkd_data.errors import DiskFullError, ImkdError, InputDataError, InterruptedBuildError
+from imkd_data.errors import DiskFullError, ImkdError, InputDataError, InterruptedBuildError, UsageError
 from imkd_data.fields.base import CacheField
 from imkd_data.sample import Reader
 from pipelines.build import finish
@@ -29,6 +29,8 @@ from pipelines.build.lock import build_lock
 from pipelines.build.request import Asked, Resolved, merged, resolve
 
 __all__ = ["BuildResult", "Event", "build", "execute"]
+
+ON_ERROR = ("fail", "quarantine")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,9 @@ def build(
     Raises UsageError, RecipeError, SourceMissingError, InputDataError, StorageError, LockedError, MismatchError,
     NoProgressError, InterruptedBuildError.
     """
+    if on_error not in ON_ERROR:
+        raise UsageError("unknown value of on_error", expected=", ".join(ON_ERROR), found=on_error)
+    engine = Engine(executor=executor, workers=workers or cores(), memory_bytes=memory_bytes, stall_s=stall_minutes * 60)
     if fields is not None and not fields:
         raise InputDataError("no fields to build", rule="fields.empty")
     asked = Asked(
@@ -124,7 +129,7 @@ def build(
     return execute(
         resolved,
         Path(out),
-        engine=Engine(executor=executor, workers=workers or cores(), memory_bytes=memory_bytes, stall_s=stall_minutes * 60),
+        engine=engine,
         options=Options(fsync=fsync, quarantine=on_error == "quarantine"),
         max_bad=max_bad,
         update=update,

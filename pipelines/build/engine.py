@@ -45,6 +45,10 @@ class Engine:
     stop: Stop = field(default_factory=Stop)
     on_death: Callable[[str], None] | None = None
 
+    def __post_init__(self) -> None:
+        if self.executor not in EXECUTORS and "://" not in self.executor:
+            raise UsageError("unknown executor", expected=", ".join([*EXECUTORS, "tcp://HOST:PORT"]), found=self.executor)
+
     def stalled(self, out: Path, since: float) -> None:
         """Raise NoProgressError when nothing finished for too long."""
         if time.monotonic() - since > self.stall_s:
@@ -68,12 +72,10 @@ def run_all(engine: Engine, common: Common, jobs: Sequence[ShardJob]) -> Iterato
         from pipelines.build.pool import run_pool
 
         yield from run_pool(engine, common, jobs)
-    elif kind == "dask" or "://" in kind:
+    else:
         from pipelines.build.dask_engine import run_dask
 
         yield from run_dask(engine, common, jobs)
-    else:
-        raise UsageError("unknown executor", expected=", ".join([*EXECUTORS, "tcp://HOST:PORT"]), found=kind)
 
 
 def _sync(engine: Engine, common: Common, jobs: Sequence[ShardJob]) -> Iterator[Done]:

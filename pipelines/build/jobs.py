@@ -101,18 +101,17 @@ def unpack(data: bytes) -> Common:
     return replace(common, fields={n: own[f] if isinstance(f, str) else f for n, f in fields.items()})
 
 
-_OPEN: dict[bytes, tuple[Common, Reader]] = {}
-_OPEN_LOCK = threading.Lock()
+_OPEN = threading.local()  # .build: (packed, common, reader), the latest of this thread
 
 
 def opened(packed: bytes) -> tuple[Common, Reader]:
-    """The build's common part and an open reader, one per process: tables are read once, not once per shard."""
-    with _OPEN_LOCK:
-        if packed not in _OPEN:
-            _OPEN.clear()
-            common = unpack(packed)
-            _OPEN[packed] = common, common.spec.reader()
-        return _OPEN[packed]
+    """The build's common part and an open reader: tables are read once, not once per shard. One reader per thread, because
+    a Dask worker may have several, and readers keep buffers and small caches of parsed scans."""
+    if getattr(_OPEN, "build", (None,))[0] != packed:
+        common = unpack(packed)
+        _OPEN.build = packed, common, common.spec.reader()
+    _, common, reader = _OPEN.build
+    return common, reader
 
 
 def run_job(packed: bytes, job: ShardJob, stop: Callable[[], bool] | None = None) -> Done:

@@ -88,9 +88,16 @@ class _Worker:
         self.job: ShardJob | None = None
         self.cause = ""
 
-    def give(self, job: ShardJob) -> None:
+    def give(self, job: ShardJob) -> bool:
+        """Hand over a job; False where the process has ended, or is about to."""
+        if self.cause:
+            return False
+        try:
+            self.pipe.send(job)
+        except OSError:
+            return False
         self.job = job
-        self.pipe.send(job)
+        return True
 
     def rss(self) -> int:
         try:
@@ -202,8 +209,8 @@ def run_pool(engine: Engine, common: Common, jobs: Sequence[ShardJob]) -> Iterat
         while todo or any(w.job for w in workers):
             engine.stop.check()
             for worker in workers:
-                if worker.job is None and todo:
-                    worker.give(todo.popleft())
+                if worker.job is None and todo and worker.give(todo[0]):
+                    todo.popleft()
             for worker in _ready(workers):
                 job = worker.job
                 result = _result(worker)

@@ -65,7 +65,7 @@ def repair(
     Raises SourceMissingError where raw data are needed and absent (nothing was removed then), CacheDamageError where
     both copies of the recipe are damaged.
     """
-    root = Path(out)
+    root, engine = Path(out), Engine(executor=executor, workers=workers)
     problems = tuple(verify(root, level=level))
     holes = any(p.rule == "quarantined" for p in problems)
     pairs = {
@@ -88,7 +88,7 @@ def repair(
     result = execute(
         resolved,
         root,
-        engine=Engine(executor=executor, workers=workers),
+        engine=engine,
         options=Options(fsync=fsync, quarantine=quarantine),
         max_bad=len(errors) + 10**9 if quarantine else 0,
         retry_holes=True,

@@ -8,9 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toy import TOY_COUNT, TOY_FIELDS, open_toy, write_toy
@@ -19,7 +22,7 @@ from toy_build import REPO, build_toy, open_toy_cache, stored
 from imkd_data.errors import NoProgressError, SourceMissingError, UsageError
 from pipelines.build import build
 from pipelines.build.engine import Engine, run_all
-from pipelines.build.jobs import Common, jobs_of, pack, unpack
+from pipelines.build.jobs import Common, jobs_of, opened, pack, unpack
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +107,70 @@ def test_a_field_defined_in_main(world: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_unknown_executor_and_dead_address(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="unknown executor"):
-        build_toy(world, tmp_path / "c", executor="magic")
+def test_every_thread_of_a_worker_has_a_reader_of_its_own(world: Path, tmp_path: Path) -> None:
+    """A Dask worker may have several threads, and readers are not asked to be thread-safe."""
+    packed = [_packed(world, tmp_path / name) for name in ("a", "b")]
+    together = threading.Barrier(3)
+
+    def work(_: int) -> tuple[Any, Any, Any]:
+        together.wait(30)
+        return opened(packed[0])[1], opened(packed[0])[1], opened(packed[1])[1]
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(work, range(3)))
+    assert all(first is again and first is not other for first, again, other in found)
+    assert len({id(first) for first, _, _ in found}) == 3
+
+
+def _packed(world: Path, out: Path) -> bytes:
+    from imkd_data.cache.write import Options
+    from pipelines.build.request import Asked, resolve
+
+    got = resolve(Asked(dataroot=world, version="toy-1", splits=("train",), reader=open_toy, fields=TOY_FIELDS))
+    return pack(Common(spec=got.spec, recipe=got.recipe, fields=got.fields, out=out, options=Options()))
+
+
+@pytest.mark.parametrize("cause", ["killed", "memory"])
+def test_a_worker_that_ends_between_two_shards_costs_no_try(
+    world: Path, tmp_path: Path, reference: dict[str, bytes], cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pipelines.build as module
+    from pipelines.build import pool
+
+    ended: list[int] = []
+
+    def rss(worker: Any) -> int:
+        if cause == "memory" and worker.job is None and not ended:
+            ended.append(worker.process.pid)
+            return 1 << 50
+        return 0
+
+    def jobs_done(*a: Any) -> Any:
+        for done in run_all(*a):
+            if cause == "killed" and not ended:
+                (worker,) = pool._LIVE
+                ended.append(worker.process.pid)
+                worker.process.kill()
+                worker.process.join()
+            yield done
+
+    monkeypatch.setattr(pool._Worker, "rss", rss)
+    monkeypatch.setattr(module, "run_all", jobs_done)
+    result = build_toy(world, tmp_path / "c", executor="processes", workers=1)
+    assert len(ended) == 1 and result.deaths == 0 and stored(tmp_path / "c") == reference
+
+
+@pytest.mark.parametrize(("name", "value"), [("executor", "magic"), ("on_error", "quarentine")])
+def test_a_wrong_word_is_refused_before_anything_is_touched(
+    world: Path, tmp_path: Path, reference: dict[str, bytes], name: str, value: str
+) -> None:
+    build_toy(world, tmp_path / "c")
+    with pytest.raises(UsageError, match=name.replace("_", ".")):
+        build_toy(world, tmp_path / "c", update=True, **{name: value})
+    assert stored(tmp_path / "c") == reference and open_toy_cache(tmp_path / "c").id
+
+
+def test_a_dead_address(world: Path, tmp_path: Path) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
