@@ -79,7 +79,7 @@ def train_and_score(
     done = folder / "score.json"
     if done.is_file():
         score: dict[str, Any] = json.loads(done.read_text())
-        if _completed(score["asked"]) != canonical_json(asked):
+        if _completed(score["asked"]) != _completed(asked):
             raise MismatchError(
                 f"{facts['row']} seed {facts['seed']} was run with other settings, teachers or cache",
                 expected=identity[:16],
@@ -130,9 +130,11 @@ def train_and_score(
 
 def _completed(asked: Mapping[str, Any]) -> bytes:
     """What a finished run was asked for, in today's form: a setting that came later has its default, and changes nothing."""
+    from imkd_models.presets import config_from_dict
     from pipelines.run import Run
 
-    return canonical_json({**asked, "run": Run.from_dict(asked["run"]).as_dict()})
+    run = Run.from_dict(asked["run"]).as_dict()
+    return canonical_json({**asked, "run": {**run, "model": config_from_dict(run["model"]).as_dict() if run["model"] else {}}})
 
 
 def _train(bench: Bench, run: Run, cache: Cache, out: Path, teachers: Mapping[str, Path]) -> dict[str, float]:

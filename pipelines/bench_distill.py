@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import fcntl
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imkd_data.errors import UsageError
+from imkd_data.errors import MismatchError, UsageError
 from pipelines.bench_cell import Bench, train_and_score
-from pipelines.bench_rows import PRESETS, Row, rows_of, with_tries
+from pipelines.bench_rows import PRESETS, Row, all_rows, rows_of, with_tries
 from pipelines.bench_world import make_cache, make_world, store_teachers, write_json
 
 if TYPE_CHECKING:
@@ -72,7 +71,8 @@ def bench_distill(
         seeds: the first one alone is used by rows that run once. blocks: main, controls, ablations, defects.
         methods, rows: only these methods, or only these rows with their twins. world, cache: existing ones instead of
         ``out/world`` and ``out/cache``. materials: of the synthetic world (``class`` or ``independent``).
-        devices: training processes of every run, as `imkd train --devices`; it changes no result beyond rounding.
+        devices: training processes of every run, as `imkd train --devices`. They share the batch of one device, so that a
+        step sees the same samples; batch norms see each device's part.
         held_in: tune: every run leaves out the last scenes of train and is scored on them, val scenes are never read.
         tries: with held_in, further rows ``METHOD:option=value,...``; every tried setting stays in the table.
         teachers: folder of another benchmark whose teachers are used instead of training them here. They may have been
@@ -98,7 +98,9 @@ def bench_distill(
         raise UsageError(
             "settings are tried on train scenes only", expected="--held-in N", found="val scenes", rule="bench.tuning"
         )
+    must_pass = chosen.admission and not held_in if admission is None else admission
     root, plan = Path(out), with_tries(rows_of(tuple(blocks), tuple(methods), tuple(rows), preset), tries)
+    plan = _with_baselines(plan, preset) if must_pass else plan
     state = {"done": 0, "total": 0}
 
     def tell(text: str) -> None:
@@ -155,12 +157,11 @@ def bench_distill(
     if chosen.stored_teachers and (maps := _maps_read(plan, given)):
         with _held(root / "stored", wait=True):
             bench = replace(bench, stored=store_teachers(root, opened, maps, bench.device, tell))
-    must_pass = chosen.admission and not held_in if admission is None else admission
     new = 0
     for row, seed in cells:
         fresh = not (_folder(bench, row, seed) / "score.json").is_file()
         if fresh and row.kind != "baseline" and must_pass:
-            _wait_for_baselines(bench, cells)
+            _finish_baselines(bench, cells)
             if not write_report(root, None)["admission"]["passed"]:
                 raise UsageError(
                     "the world and preset do not pass the admission test, so no method is run",
@@ -196,12 +197,20 @@ def _held(folder: Path, *, wait: bool) -> Iterator[bool]:
             yield True
 
 
-def _wait_for_baselines(bench: Bench, cells: Sequence[tuple[Row, int]]) -> None:
-    """Until no other process still runs a baseline of the first seed, on which admission is judged."""
+def _with_baselines(plan: Sequence[Row], preset: str) -> list[Row]:
+    """The plan; where it has more than baselines, with those that the admission test reads, first seed."""
+    have = {row.name for row in plan}
+    lacking = [replace(r, seeds="first") for r in all_rows(preset) if r.kind == "baseline" and r.name not in have]
+    return [*(lacking if any(r.kind != "baseline" for r in plan) else ()), *plan]
+
+
+def _finish_baselines(bench: Bench, cells: Sequence[tuple[Row, int]]) -> None:
+    """Baselines of the first seed, on which admission is judged: wait for those that another process runs, and run what it
+    left when it ended."""
     for row, seed in cells:
         if row.kind == "baseline" and seed == cells[0][1] and not (_folder(bench, row, seed) / "score.json").is_file():
             with _held(_folder(bench, row, seed), wait=True):
-                pass
+                run_cell(bench, row, seed, {})
 
 
 def _remember_command(
@@ -261,29 +270,40 @@ def _teachers(bench: Bench, plan: Sequence[Row], borrowed: Path | None) -> dict[
 
 
 def _borrow(theirs: Path, folder: Path) -> Path:
-    """The finished teacher of another benchmark; its score is copied, so that the table shows it."""
+    """The finished teacher of another benchmark; its score is copied, so that the table shows it. Errors: UsageError where
+    there is none; MismatchError where this benchmark has trained one."""
     if not (theirs / "score.json").is_file():
         raise UsageError(
             "no finished teacher there", expected=f"{theirs}/score.json", found="nothing", next="--teachers OUT of a benchmark"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(theirs / "score.json", folder / "score.json")
+    if theirs.resolve() != folder.resolve():
+        if (folder / "train").exists():
+            raise MismatchError(
+                "this benchmark has a teacher of its own", file=str(folder), next="leave out --teachers, or use another --out"
+            )
+        write_json(folder / "score.json", json.loads((theirs / "score.json").read_text()))
     return theirs / "train" / "last.ckpt"
 
 
-def _maps_read(plan: Sequence[Row], given: Mapping[str, Path]) -> dict[Path, tuple[str, ...]]:
-    """What the plan's methods read of teachers that are not label encoders: checkpoint -> maps."""
+def _maps_of(row: Row) -> dict[str, tuple[str, ...]]:
+    """What a row's method reads of teachers that are not label encoders: teacher -> maps."""
     from imkd_models.distill import make_method
     from pipelines.cache_teacher import stored_maps
 
+    if not row.method:
+        return {}
+    method = make_method(row.method)
+    needs = method.needs_for(method.make_options(row.options)).teachers
+    return {name: stored_maps(features) for name, features in needs.items() if name != "label"}
+
+
+def _maps_read(plan: Sequence[Row], given: Mapping[str, Path]) -> dict[Path, tuple[str, ...]]:
+    """``_maps_of`` all rows: checkpoint -> maps."""
     wanted: dict[Path, dict[str, None]] = {}
     for row in plan:
-        method = make_method(row.method) if row.method else None
-        needs = {} if method is None else method.needs_for(method.make_options(row.options)).teachers
-        for name, features in needs.items():
-            if name != "label":
-                wanted.setdefault(given[name], {}).update(dict.fromkeys(stored_maps(features)))
-    return {checkpoint: tuple(features) for checkpoint, features in wanted.items()}
+        for name, maps in _maps_of(row).items():
+            wanted.setdefault(given[name], {}).update(dict.fromkeys(maps))
+    return {checkpoint: tuple(maps) for checkpoint, maps in wanted.items()}
 
 
 def _run(bench: Bench, network: str, *, seed: int) -> Run:
@@ -292,6 +312,11 @@ def _run(bench: Bench, network: str, *, seed: int) -> Run:
     run = get_run(bench.preset.networks[network]).with_settings({k: str(v) for k, v in bench.settings.items()})
     run = run.with_values(loader=replace(run.loader, leave_out=bench.held_in))
     run = run.with_values(seed=seed, tensorboard=False, keep=1)
+    if bench.devices > 1 and not run.global_batch:  # full-size runs say their global batch themselves
+        if run.batch_size % bench.devices:
+            wanted, found = f"a divisor of {run.batch_size}", f"--devices {bench.devices}"
+            raise UsageError("the devices cannot share the batch", expected=wanted, found=found)
+        run = run.with_values(global_batch=run.batch_size, batch_size=run.batch_size // bench.devices)
     if network not in bench.steps:  # a full-size run keeps its own epochs and checkpoints
         return run
     steps = bench.steps[network]
@@ -313,7 +338,7 @@ def run_cell(bench: Bench, row: Row, seed: int, teachers: Mapping[str, Path]) ->
         method = make_method(row.method)
         given = {n: teachers[n] for n in method.teachers_for(method.make_options(row.options))}
         run = run.with_method(row.method).with_values(options=dict(row.options))
-        if bench.stored is not None and set(given) - {"label"}:
+        if bench.stored is not None and _maps_of(row):
             run = run.with_values(loader=replace(run.loader, cached_teachers=True))
     facts = {f: getattr(row, f) for f in ("kind", "block", "method", "twin", "note")} | {"row": row.name, "seed": seed}
     return train_and_score(bench, _folder(bench, row, seed), run, given, facts=facts)

@@ -34,7 +34,7 @@ def probe_terms(
     from pipelines.measure import loader_values
     from pipelines.networks import build_networks
 
-    networks = build_networks(run, dict(teachers), pretrained=False)  # seeded: the start that the training had
+    networks = build_networks(run, dict(teachers))  # seeded: the start that the training had, image weights included
     if networks.distiller is None:
         return {}
     values = {**loader_values(run, networks, cache), "workers": 0}

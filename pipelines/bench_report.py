@@ -37,10 +37,23 @@ def _mean(rows: Mapping[int, Score], key: str = "nds") -> float:
     return float(np.mean([s[key] for s in rows.values()])) if rows else math.nan
 
 
+def _compared_teacher(rows: Mapping[str, Mapping[int, Score]]) -> Mapping[int, Score]:
+    """Scores of the LiDAR teacher, where they are of the plain student's samples: a borrowed one may have been scored on
+    another cache, or on other scenes of it."""
+    teacher, plain = rows.get("teacher_lidar", {}), rows.get("plain", {})
+
+    def samples(score: Score) -> tuple[Any, Any]:
+        asked = score.get("asked", {})
+        return asked.get("cache"), asked.get("run", {}).get("loader", {}).get("leave_out", 0)
+
+    known = {samples(s) for s in plain.values()}
+    return {seed: s for seed, s in teacher.items() if not known or samples(s) in known}
+
+
 def admission_test(scores: Sequence[Score]) -> dict[str, Any]:
     """Is this world and preset fit to tell methods apart? Judged on baselines and teachers alone, before any method."""
     rows = _by_row(scores)
-    plain, teacher = rows.get("plain", {}), rows.get("teacher_lidar", {})
+    plain, teacher = rows.get("plain", {}), _compared_teacher(rows)
     first = plain[min(plain)] if plain else None
     base = first["nds"] if first else math.nan
     gap = _mean(teacher) - base
@@ -183,11 +196,16 @@ def _costs(scores: Sequence[Score]) -> list[dict[str, Any]]:
                 "seconds_per_step": median(name, wall),
                 "cpu_seconds_per_step": median(name, cpu),
                 "times_plain": round(step / base, 3) if step and base else None,
+                "stored_teachers": any(_reads_stored(s) for s in runs.values()),
                 "counted_mib": median(name, lambda s: s["cost"].get("counted_mib")),
                 "peak_mib": median(name, lambda s: s["cost"].get("peak_mib") if s["cost"].get("device") == "cuda" else None),
             }
         )
     return out
+
+
+def _reads_stored(score: Score) -> bool:
+    return bool(score.get("asked", {}).get("run", {}).get("loader", {}).get("cached_teachers"))
 
 
 def _pull(rows: Mapping[str, Mapping[int, Score]]) -> list[dict[str, Any]]:
@@ -233,7 +251,8 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
     drawn = _draws_by_run(scores, count)
     admission, spread = admission_test(scores), _spread(rows)
     paired = []
-    base, teacher = _mean(rows.get("plain", {})), _mean(rows.get("teacher_lidar", {}))
+    first = next((s for s in scores if s["kind"] != "teacher"), scores[0] if scores else None)
+    base, teacher = _mean(rows.get("plain", {})), _mean(_compared_teacher(rows))
     for name, runs in rows.items():
         facts = next(iter(runs.values()))
         if facts["kind"] in ("baseline", "teacher"):
@@ -253,10 +272,10 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
             p["p_holm"] = _number(adjusted[p["method"]])
     report = {
         "v": 1,
-        "preset": scores[0]["preset"] if scores else None,
-        "materials": scores[0]["materials"] if scores else None,
-        "cache": scores[0]["asked"]["cache"] if scores else None,
-        "versions": scores[0]["versions"] if scores else {},
+        "preset": first["preset"] if first else None,
+        "materials": first["materials"] if first else None,
+        "cache": first["asked"]["cache"] if first else None,
+        "versions": first["versions"] if first else {},
         "commands": json.loads((out / "commands.json").read_text()) if (out / "commands.json").is_file() else [],
         "admission": admission,
         "spread": spread,

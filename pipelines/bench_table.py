@@ -12,6 +12,11 @@ def _show(value: Any, digits: int = 2, sign: bool = False) -> str:
     return "-" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
+def _stored(rows: Sequence[str]) -> str:
+    left_out = "neither the teachers' forward passes nor storing them is in these figures."
+    return f" {', '.join(rows)} read their teachers from stored maps: {left_out}" if rows else ""
+
+
 def _interval(low: Any, high: Any) -> str:
     return "-" if low is None or high is None else f"[{low:+.2f}, {high:+.2f}]"
 
@@ -65,7 +70,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         "## Cost of training",
         "",
         "Median over seeds. *times plain*: of CPU seconds on a CPU, of seconds on a GPU. *counted*: memory of a step as "
-        "`imkd train --plan` counts it. *peak*: allocated on a GPU.",
+        "`imkd train --plan` counts it. *peak*: allocated on a GPU."
+        + _stored([c["row"] for c in report["costs"] if c["stored_teachers"]]),
         "",
     ]
     out += _table(

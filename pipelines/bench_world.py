@@ -116,6 +116,7 @@ def store_teachers(
             tell(f"storing {', '.join(features)} of {checkpoint}")
             cache_features(checkpoint, path, features, device=device)
             found = open_cache(path)
+    _ = found.index  # read now, while no other process adds maps: it belongs to the manifest that was read
     return found
 
 

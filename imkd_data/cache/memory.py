@@ -7,7 +7,7 @@ are touched; a window of recent rows is kept, because history frames are read ag
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,10 @@ class MemoryCache:
         self._place: list[tuple[str, int]] = []  # row -> scene, position
         self.index = self._read_index()
         self._row_of = {token: row for row, token in enumerate(self.index["token"].to_pylist())}
+
+    def content_id(self, fields: Iterable[str]) -> str:
+        """Nothing is stored: ``id``."""
+        return self.id
 
     def _read_index(self) -> pa.Table:
         rows: list[dict[str, Any]] = []

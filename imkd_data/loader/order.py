@@ -129,9 +129,10 @@ class Order:
 def check_state(expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Refuse a saved stream state that belongs to other data; the error lists every difference.
 
-    Compared: cache, selection, seed, shuffle, fields. Not compared: ranks, workers, batch size.
+    Compared: content of the fields that are read (the whole cache, in states from before that was noted), selection, seed,
+    shuffle, fields. Not compared: ranks, workers, batch size.
     """
-    names = ("cache", "selection", "seed", "shuffle", "fields")
+    names = ("content" if "content" in found else "cache", "selection", "seed", "shuffle", "fields")
     wrong = [n for n in names if expected.get(n) != found.get(n)]
     if wrong:
         raise MismatchError(

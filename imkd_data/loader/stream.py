@@ -110,6 +110,7 @@ class Stream:
         """What a saved state must share with this stream."""
         return {
             "cache": self.cache.id,
+            "content": self.cache.content_id(self.reader.fields),
             "selection": selection_hash(self.order.rows),
             "seed": self.order.seed,
             "shuffle": self.order.shuffle,

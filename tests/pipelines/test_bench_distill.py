@@ -282,6 +282,7 @@ def test_a_setting_that_came_later_keeps_finished_runs(fake: dict[str, Any]) -> 
     path = fake["out"] / "runs" / "plain" / "seed0" / "score.json"
     score = json.loads(path.read_text())
     del score["asked"]["run"]["loader"]["leave_out"], score["asked"]["run"]["sync_batchnorm"]  # as an older version wrote it
+    del score["asked"]["run"]["model"]["radar_states"]
     path.write_text(json.dumps(score))
     trained = len(fake["trained"])
     assert _run(fake, seeds=(0,), rows=("plain",)) == first and len(fake["trained"]) == trained
@@ -353,6 +354,23 @@ def test_teachers_of_another_benchmark_are_used_and_shown(fake: dict[str, Any], 
     assert [r["method"] for r in report["rows"]][:1] == ["teacher_lidar"] and "--teachers TEACHERS" in report["commands"][-1]
 
 
+def test_borrowed_teachers_are_told_from_own_ones(fake: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
+    _run(fake, seeds=(0,), methods=("imkd",))
+    for given in (fake["out"], fake["out"] / "." / ""):  # its own: nothing to borrow
+        assert _run(fake, seeds=(0,), methods=("imkd",), teachers=given)["admission"]["passed"]
+    other = tmp_path / "other"
+    monkeypatch.setattr("imkd_data.open_cache", lambda path: SimpleNamespace(id="another cache"))
+    report = _run(
+        fake, out=other, seeds=(0,), methods=("imkd",), teachers=fake["out"], materials="independent", admission=False
+    )
+    assert (report["materials"], report["cache"]) == ("independent", "another cache")  # the teacher's file says class, cache
+    checks = {c["name"]: c for c in report["admission"]["checks"]}
+    assert checks["teacher above plain, NDS"]["found"] is None  # scored on other samples: no figure to compare
+    assert all(p["gap_closed"] is None for p in report["paired"])
+    with pytest.raises(MismatchError, match="teacher of its own"):
+        _run(fake, out=fake["out"], seeds=(0,), methods=("imkd",), teachers=other)
+
+
 def test_an_ablation_that_is_the_method_itself_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, left, out in (
         (0.0, "crkd/F3_velocity", "crkd/F3_no_velocity"),
@@ -375,6 +393,49 @@ def test_frozen_weights_are_below_the_options_of_a_row(monkeypatch: pytest.Monke
     assert rows["imkd/08_labeldistill_on_merged"] == {**frozen["imkd"], "preset": "labeldistill_on_merged"}
     assert rows["imkd_twin"] == METHODS["imkd"].twin_options and rows["crkd+divide_by_batch"]["lambda_fused"] == 2.0
     assert {r.name: dict(r.options) for r in all_rows("nuscenes")}["imkd"] == {}
+
+
+def test_baselines_that_a_plan_lacks_are_run_before_its_methods(fake: dict[str, Any]) -> None:
+    report = _run(fake, seeds=(0, 1), rows=("imkd",))
+    assert report["admission"]["passed"]
+    order = [row for _, row in fake["trained"]]
+    assert max(order.index(r) for r in ("plain", "camera_only", "radar_only")) < order.index("imkd_twin") < order.index("imkd")
+    assert _run(fake, out=fake["out"].with_name("b"), seeds=(0,), blocks=("ablations",), methods=("crkd",))["admission"][
+        "passed"
+    ]
+
+
+def test_a_baseline_whose_process_died_is_run_by_the_one_that_waited(fake: dict[str, Any]) -> None:
+    entered = threading.Event()
+
+    def other() -> None:
+        with bench._held(fake["out"] / "runs" / "camera_only" / "seed0", wait=False):
+            entered.set()
+            while ("seed0", "plain") not in fake["trained"]:
+                time.sleep(0.01)
+            time.sleep(0.2)  # and ends without a score
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert entered.wait(10)
+    assert _run(fake, seeds=(0,))["admission"]["passed"]
+    thread.join(10)
+
+
+def test_several_devices_share_one_batch(tmp_path: Path) -> None:
+    chosen = PRESETS["tiny"]
+
+    def run(devices: int) -> Any:
+        held = cell.Bench(
+            out=tmp_path, preset=chosen, world=tmp_path, cache=SimpleNamespace(id="cache"), accelerator="cpu", engine="devkit",
+            tell=lambda text: None, steps=chosen.steps, settings=chosen.settings, devices=devices,
+        )  # fmt: skip
+        return bench._run(held, "student", seed=0)
+
+    assert (run(1).batch_size, run(1).global_batch) == (2, 0)
+    assert (run(2).batch_size, run(2).global_batch) == (1, 2)  # the same samples a step as on one device
+    with pytest.raises(UsageError, match="devices"):
+        run(3)
 
 
 def test_methods_wait_for_admission(fake: dict[str, Any]) -> None:
@@ -492,6 +553,19 @@ def test_stored_teachers_train_as_running_ones_and_leave_the_cache_alone(tmp_pat
 def test_stored_teachers_need_a_preset_without_augmentation() -> None:
     for preset in PRESETS.values():
         assert not preset.stored_teachers or preset.settings["loader.augment.enabled"] == "false"
+
+
+def test_only_runs_that_read_maps_are_marked_so(fake: dict[str, Any], monkeypatch: Any) -> None:
+    """Whatever else is in the plan: a twin with its teacher's heads has a teacher, and reads none of its maps."""
+    monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], stored_teachers=True))
+    monkeypatch.setattr(bench, "store_teachers", lambda *a: SimpleNamespace(id="stored"))
+    for rows in (("dual_distill_twin",), ("dual_distill",)):
+        _run(fake, out=fake["out"] / rows[0], seeds=(0,), rows=rows)
+        assert not fake["runs"]["dual_distill_twin"].loader.cached_teachers
+    assert fake["runs"]["dual_distill"].loader.cached_teachers
+    text = (fake["out"] / "dual_distill" / "results.md").read_text()
+    assert "read their teachers from stored maps" in text.replace("\n", " ")
+    assert "stored maps" not in (fake["out"] / "dual_distill_twin" / "results.md").read_text()
 
 
 def test_only_maps_that_the_plan_reads_are_stored() -> None:

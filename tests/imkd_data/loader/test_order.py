@@ -79,3 +79,9 @@ def test_states_of_other_data_are_refused_with_the_difference() -> None:
     with pytest.raises(MismatchError) as error:
         check_state(mine, {**mine, "cache": "b", "seed": 2})
     assert "cache b" in str(error.value) and "cache a" in str(error.value) and "seed 2" in str(error.value)
+    known = {**mine, "content": "c"}
+    check_state(known, mine)  # a state from before content was noted: the cache's id must be equal
+    check_state(known, {**known, "cache": "b"})  # a field was added that this stream does not read
+    for wrong in ({**mine, "cache": "b"}, {**known, "content": "d"}):
+        with pytest.raises(MismatchError):
+            check_state(known, wrong)
