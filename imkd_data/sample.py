@@ -95,6 +95,13 @@ class Boxes:
     def __len__(self) -> int:
         return len(self.centre_m)
 
+    @property
+    def has_point(self) -> NDArray[np.bool_]:
+        """(M,) boxes with a LiDAR or radar point inside: what models train on. Where neither count is known (-1) a box stays
+        in: of such a data set nothing else would."""
+        seen = (self.num_lidar > 0) | (self.num_radar > 0)
+        return seen | ((self.num_lidar < 0) & (self.num_radar < 0))
+
     @classmethod
     def empty(cls, frame: str) -> Boxes:
         """No boxes."""

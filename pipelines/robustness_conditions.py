@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from imkd_data.cache.index import weather
+
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
     from imkd_data.loader.batch import Batch
@@ -68,10 +70,8 @@ CONDITIONS: tuple[Condition, ...] = (
 
 def weather_of(description: str) -> frozenset[str]:
     """nuScenes says weather and light in a scene's description: rain, night, else "day, dry"."""
-    words = description.lower()
-    found = {w for w in ("rain", "night") if w in words}
-    if "after rain" in words and words.count("rain") == 1:
-        found.discard("rain")
+    night, rain = weather(description)
+    found = {name for name, seen in (("night", night), ("rain", rain)) if seen}
     return frozenset(found or {"day, dry"})
 
 

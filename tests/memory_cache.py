@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -96,6 +97,9 @@ class MemoryCache:
                 shard += 1
         self.index = pa.Table.from_pylist(lines)
         self._payloads: dict[int, Any] = {}
+
+    def content_id(self, fields: Iterable[str]) -> str:
+        return f"{self.id}:{','.join(sorted(fields))}"
 
     @property
     def row_index(self) -> pa.Table:

@@ -4,6 +4,7 @@ content is equal bytes; page checksums are written and checked."""
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,22 @@ from imkd_data.fields.base import CacheField, Stored
 from imkd_data.fields.codec import array_from_part
 from imkd_data.sample import Sample, SensorSuite
 
-__all__ = ["checksums", "flat_numbers", "index_bytes", "index_schema", "members", "read_index", "row_summary", "sample_row"]
+__all__ = [
+    "checksums",
+    "flat_numbers",
+    "index_bytes",
+    "index_schema",
+    "members",
+    "read_index",
+    "row_summary",
+    "sample_row",
+    "weather",
+]
 
 ROW_GROUP = 4096
+# Words of a description, not letters: a train station is no rain, a knight no night. Digits and _ end a word, too.
+_NIGHT = re.compile(r"(?<![a-z])(over|mid|to)?night(s|ly|time|fall)?(?![a-z])")
+_RAIN = re.compile(r"(?<![a-z])rain(s|y|ed|ing|fall|storm)?(?![a-z])")
 _COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
     ("row", pa.int64()),
     ("shard", pa.int32()),
@@ -59,10 +73,16 @@ _COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
 )
 
 
+def weather(description: str) -> tuple[bool, bool]:
+    """(night, rain) as a scene's description says it; the wet road after rain is no rain."""
+    text = description.lower()
+    return bool(_NIGHT.search(text)), bool(_RAIN.search(text.replace("after rain", "")))
+
+
 def sample_row(sample: Sample, suite: SensorSuite) -> dict[str, Any]:
     """The part of an index row that the tables give. -1 where there are no annotations; nested lists in suite order, NaN for
     a camera that is not declared."""
-    text = sample.description.lower()
+    night, rain = weather(sample.description)
     cameras = {f.camera.name: f.camera for f in sample.cameras}
     boxes = sample.boxes
     counts = [-1] * len(DETECTION_CLASSES)
@@ -81,8 +101,8 @@ def sample_row(sample: Sample, suite: SensorSuite) -> dict[str, Any]:
         "timestamp_us": sample.timestamp_us,
         "location": sample.location,
         "description": sample.description,
-        "night": "night" in text,
-        "rain": "rain" in text and "after rain" not in text,
+        "night": night,
+        "rain": rain,
         "num_boxes": -1 if boxes is None else len(boxes),
         "class_counts": counts,
         "num_lidar_sweeps": len(sample.lidar),

@@ -22,12 +22,14 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from numpy.typing import NDArray
+
 from imkd_data.cache import layout
 from imkd_data.cache.commit import sha256_hex, storage_error
-from imkd_data.cache.receipt import parse_json
+from imkd_data.cache.receipt import parse_json, unsealed
 from imkd_data.cache.shard_file import ShardFile
 from imkd_data.cache.store import Cache
-from imkd_data.errors import CacheDamageError, ImkdError, StorageError, UsageError
+from imkd_data.errors import CacheDamageError, DiskFullError, ImkdError, MismatchError, StorageError, UsageError
 from imkd_data.fields.base import CacheField
 
 __all__ = ["RemoteCache", "default_store", "is_url", "open_remote"]
@@ -66,21 +68,22 @@ def open_remote(
     timeout_s: float = READ_TIMEOUT_S,
     kind: type[RemoteCache] | None = None,
 ) -> RemoteCache:
-    """Open a cache at a URL. Metadata is fetched now, shards when a row of them is first read.
+    """Open a cache at a URL. Metadata that the store does not have whole is fetched now, shards when a row is first read.
 
     store: folder of the local copies, default ``default_store()``. limit_bytes: shards kept there by this cache. kind: the
     class of the result, for subclasses.
 
     Raises:
         StorageError: the server does not answer, after bounded retries. CacheDamageError: what arrives is not what the
-        manifest says. UsageError: no support for this kind of URL is installed.
+        manifest says, or the manifest is none. MismatchError: written by a newer version. UsageError: no support for this kind
+        of URL is installed.
     """
     source = _Source(url.rstrip("/"), timeout_s)
-    manifest = source.read("manifest.json", lambda data: parse_json(data, Path("manifest.json")) and None)
+    manifest = source.read("manifest.json", _manifest)
+    value = _manifest(manifest)
     folder = Path(store or default_store()) / sha256_hex(manifest)
     _claim(folder)
     _publish(folder / "manifest.json", manifest)
-    value = parse_json(manifest, folder / "manifest.json")
     seals = {"recipe.json": value["recipe_sha256"], "NOTICE": value["notice_sha256"], "index.parquet": value["index_sha256"]}
     seals["arrays.zarr/zarr.json"] = value["group_sha256"]
     for name, entry in value["fields"].items():
@@ -88,10 +91,26 @@ def open_remote(
             seals[f"arrays.zarr/{name}/zarr.json"] = entry["zarr_json_sha256"]
     for name, seal in seals.items():
         _safe_name(name)
-        if not (folder / name).is_file():
+        if not _whole(folder / name, seal):
             _publish(folder / name, source.read(name, _sealed(seal, name)))
     made = kind or RemoteCache
     return made(url, Path(store or default_store()), limit_bytes, timeout_s, folder, tuple(fields), source)
+
+
+def _manifest(data: bytes) -> dict[str, Any]:
+    """What the manifest says, once it is known to be one, whole, and of a format that is read here."""
+    name = Path("manifest.json")
+    return unsealed(parse_json(data, name), "self_sha256", name)
+
+
+def _whole(path: Path, seal: str) -> bool:
+    """Whether the store's copy is there and has the bytes that the manifest seals: it may be years old."""
+    try:
+        return sha256_hex(path.read_bytes()) == seal
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise storage_error(error, path) from error
 
 
 def _safe_name(name: str) -> None:
@@ -213,6 +232,9 @@ class _Source:
                 return action()
             except (UsageError, KeyboardInterrupt, _GivenUp):
                 raise
+            except MismatchError as error:  # another version: asking again changes nothing
+                error.details["file"] = f"{self.shown}/{name}"
+                raise
             except Exception as error:  # every library has its own network errors
                 if isinstance(error, StorageError):  # our own disk
                     raise
@@ -231,7 +253,7 @@ class _Source:
             next="check the server, then run the same command again",
         ) from last
 
-    def read(self, name: str, check: Callable[[bytes], None]) -> bytes:
+    def read(self, name: str, check: Callable[[bytes], object]) -> bytes:
         """A small file, checked."""
 
         def once() -> bytes:
@@ -248,7 +270,13 @@ class _Source:
         options = {} if callback is None else {"callback": callback}
 
         def once() -> None:
-            self.fs.get_file(f"{self.root}/{name}", str(partial), **options)
+            try:
+                self.fs.get_file(f"{self.root}/{name}", str(partial), **options)
+            except OSError as error:  # of the network mostly, which is tried again; a full disk here is not
+                ours = storage_error(error, partial, size)
+                if isinstance(ours, DiskFullError):
+                    raise ours from error
+                raise
             _check_file(partial, name, size, sha256)
 
         self._try(name, once, attempts)
@@ -308,6 +336,25 @@ class RemoteCache(Cache):
             except FileNotFoundError:
                 if not self._fetch(name, number, path):
                     time.sleep(0.02)
+
+    def read_parts(self, field: str, row: int) -> dict[str, bytes]:
+        """As ``Cache.read_parts``."""
+        return self._kept(super().read_parts, field, row)
+
+    def _read_array(self, name: str, row: int) -> NDArray[Any]:
+        return self._kept(super()._read_array, name, row)
+
+    def _kept(self, read: Callable[[str, int], T], name: str, row: int) -> T:
+        """Read a row, again where another process evicted its shard before this one had it open (with many shards a file is
+        opened for every read)."""
+        while True:
+            try:
+                return read(name, row)
+            except CacheDamageError as error:
+                if error.rule != "data.missing":
+                    raise
+                with self._lock:
+                    self._files.pop((name, row // self.recipe.rows_per_shard), None)
 
     def size_of(self, name: str, number: int) -> int:
         """Bytes of a field's shard."""

@@ -190,7 +190,7 @@ class _Parser:
         name = self._column()
         column = pc.field(name)
         negate = self._taken("not")
-        if self._taken("is"):
+        if not negate and self._taken("is"):
             negate = self._taken("not")
             self._next("null")
             out = column.is_null()
@@ -252,7 +252,11 @@ class _Parser:
             number = float(text)
         except ValueError:
             raise UsageError(f"{column} is a number", found=text, rule="select.type") from None
-        return int(text) if re.fullmatch(r"[+-]?\d+", text) else number
+        if not re.fullmatch(r"[+-]?\d+", text):
+            return number
+        if abs(number) > 2**63 or not -(2**63) <= int(text) < 2**63:  # the first for texts too long for int()
+            raise UsageError("a whole number has more than 64 bits", found=text[:40], rule="select.type")
+        return int(text)
 
     def _among(self, column: str) -> pc.Expression:
         if not self._taken("sign", "("):

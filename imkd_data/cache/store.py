@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from imkd_data.cache import layout
+from imkd_data.cache import keys, layout
 from imkd_data.cache.codecs import CRC_RESIDUE, MISSING, blob_value, decode_row
 from imkd_data.cache.commit import sha256_hex, storage_error
 from imkd_data.cache.index import checksums, members, read_index
@@ -106,6 +106,11 @@ class Cache:
 
     def __len__(self) -> int:
         return int(self.row_index.num_rows)
+
+    def content_id(self, fields: Iterable[str]) -> str:
+        """``id`` of these fields alone: a field that is added or dropped beside them does not change it."""
+        shards = {name: self.manifest["fields"][name]["shards"] for name in fields}
+        return keys.cache_id((n, i, key, inputs) for n, found in shards.items() for i, (_, key, inputs, _) in enumerate(found))
 
     # Opening
 
@@ -338,7 +343,6 @@ class Cache:
         """
         if field in self._array:
             return self._read_array(field, row)
-        self._require(field)
         parts = self.read_parts(field, row)
         unpack = self.fields[field].unpack
         if unpack is not None:
@@ -350,7 +354,10 @@ class Cache:
         return next(iter(out.values())) if _single_npy(parts) else out
 
     def read_parts(self, field: str, row: int) -> dict[str, bytes]:
-        """A blob row as raw bytes, {part name: bytes}, as its field computed it."""
+        """A blob row as raw bytes, {part name: bytes}, as its field computed it. Raises as ``read``, and UsageError for an
+        array field."""
+        if self._require(field).kind == "array":
+            raise UsageError(f"field {field} is an array and has no parts", field=field, next="cache.read or cache.decode")
         line = self.line(row)
         number = row // self.recipe.rows_per_shard
         starts, names, codes, offsets, lengths, crcs = self._blob[field]

@@ -193,7 +193,7 @@ def _sample(
         except (StorageError, CacheDamageError):
             raise
         except Exception as error:
-            if not options.quarantine:
+            if not options.quarantine or isinstance(error, MemoryError):  # a full machine says nothing of the sample
                 raise _explained(error, name) from error
             _hole(column, position, sample.token, (str(error).splitlines() or [type(error).__name__])[0][:200])
             continue

@@ -25,7 +25,8 @@ _AT = {name: i for i, name in enumerate(BOX_COLUMNS)}
 def _compute(
     payload: Payload, recipe: Recipe, suite: SensorSuite, upstream: Mapping[str, Stored], drops: dict[str, int]
 ) -> Stored:
-    """(boxes_width, 20) f32. Unknown velocity: 0 with velocity_known 0. No LiDAR and no radar point: valid 0, kept."""
+    """(boxes_width, 20) f32. Unknown velocity: 0 with velocity_known 0. No LiDAR and no radar point: valid 0, kept;
+    unknown counts: valid 1."""
     boxes = payload.sample.boxes
     if boxes is None:
         raise InputDataError(
@@ -53,7 +54,7 @@ def _compute(
     columns = ("label", "attribute", "visibility", "num_lidar", "num_radar")
     for name in columns:
         rows[:, _AT[name]] = getattr(boxes, name)
-    rows[:, _AT["valid"]] = (boxes.num_lidar > 0) | (boxes.num_radar > 0)
+    rows[:, _AT["valid"]] = boxes.has_point
     rows[:, _AT["instance"]] = boxes.track if boxes.track is not None else np.arange(n)
     rows[:, _AT["ignored"]] = boxes.label < 0
     return out

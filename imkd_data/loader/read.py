@@ -292,15 +292,13 @@ class SampleReader:
         if pasted is not None:
             boxes = pasted.beside(boxes)
         centre, size, yaw, velocity = move_boxes(bev, boxes.centre_m, boxes.size_lwh_m, boxes.yaw_rad, boxes.velocity_mps)
-        seen = np.maximum(boxes.num_lidar, 0) + np.maximum(boxes.num_radar, 0) > 0
-        unknown = (boxes.num_lidar < 0) & (boxes.num_radar < 0)
         return {
             "centre": centre,
             "size": size,
             "yaw": yaw,
             "velocity": velocity,
             "label": np.maximum(boxes.label, 0),
-            "valid": (boxes.label >= 0) & (seen | unknown),
+            "valid": (boxes.label >= 0) & boxes.has_point,
         }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from imkd_data.errors import MismatchError, MissingFeatureError, RecipeError, UsageError
 from imkd_data.fields.radar import RADAR_FILTERS
@@ -82,8 +82,10 @@ def normalised_parts(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def available_parts(cache: Cache) -> tuple[str, ...]:
-    """The parts of which the cache holds every field, fine planes left out (they are read where they are needed)."""
-    return tuple(p for p, needed in PARTS.items() if p != "intensity_planes" and all(n in cache.fields for n in needed))
+    """The parts of which the cache holds every field, fine planes left out (they are read where they are needed), and images
+    of which it holds only the names."""
+    apart = {"intensity_planes"} | ({"images"} if cache.recipe.images_mode == "reference" else set())
+    return tuple(p for p, needed in PARTS.items() if p not in apart and all(n in cache.fields for n in needed))
 
 
 def check_request(cache: Cache, request: StreamRequest) -> None:
@@ -130,8 +132,3 @@ def _check_grid(fine: BevGrid, grid: BevGrid) -> None:
             expected=f"k * {fine.cell_mm} mm",
             found=f"{grid.cell_mm} mm",
         )
-
-
-def identity_of(request: StreamRequest) -> dict[str, Any]:
-    """The part of a request that a saved stream state is bound to."""
-    return {"history": list(request.history), "parts": sorted(request.parts)}

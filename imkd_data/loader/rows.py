@@ -105,24 +105,28 @@ def check_no_scene_in_two_splits(cache: Cache) -> None:
             )
 
 
+def _named(table: RowTable, name: str) -> set[str]:
+    """The splits of the cache that one name stands for."""
+    if name == "all":
+        return set(table.split_names)
+    if name in table.split_names or name not in ("train", "val"):
+        return {name} & set(table.split_names)
+    return {n for n in table.split_names if (n in TRAIN_SPLITS) == (name == "train")}
+
+
 def select_rows(table: RowTable, split: str) -> I64:
-    """Rows of a split in index order, quarantined samples left out.
+    """Rows of a split, or of several with commas between, in index order, quarantined samples left out.
 
     ``train`` stands for every training split of the cache, ``val`` for every held-out one, ``all`` for both. Errors:
-    UsageError naming the splits that the cache has."""
-    if split == "all":
-        wanted = set(table.split_names)
-    elif split in table.split_names:
-        wanted = {split}
-    elif split in ("train", "val"):
-        wanted = {n for n in table.split_names if (n in TRAIN_SPLITS) == (split == "train")}
-    else:
-        wanted = {n for n in split.split(",") if n in table.split_names}
+    UsageError naming the splits that the cache has, also where only one of several names selects none of them."""
+    named = {name: _named(table, name) for name in (n.strip() for n in split.split(","))}
+    wanted = set().union(*named.values())
     codes = [i for i, n in enumerate(table.split_names) if n in wanted]
     rows = table.row[np.isin(table.split, codes) & table.whole]
-    if not len(rows):
+    absent = [name for name, splits in named.items() if not splits]
+    if absent or not len(rows):
         raise UsageError(
-            f"the cache has no rows of split {split!r}",
+            f"the cache has no rows of split {', '.join(map(repr, absent or [split]))}",
             expected=", ".join(table.split_names),
             found=split,
             next="name a split that the cache holds, or build one with it",

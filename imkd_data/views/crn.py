@@ -202,7 +202,7 @@ class BevDepthView(CrnView):
         }
         if self.has("boxes"):
             b = self.cache.decode("boxes", row)
-            use = (b.label >= 0) & ((b.num_lidar > 0) | (b.num_radar > 0))
+            use = (b.label >= 0) & b.has_point
             out["gt_boxes"] = np.column_stack([b.centre_m, b.size_lwh_m, b.yaw_rad, b.velocity_mps])[use].astype(np.float32)
             out["gt_labels"] = b.label[use]
         if self.has("images"):

@@ -38,9 +38,9 @@ def lidar_points(
 
 
 def lidar_boxes(boxes: Boxes, dst_from_ego: Pose) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Boxes with a class and a point: (M, 9) x, y, z (gravity centre), l, w, h, yaw, vx, vy in dst (velocity NaN = unknown),
-    and labels (M,) in the order of ``DETECTION_CLASSES``."""
-    use = (boxes.label >= 0) & ((boxes.num_lidar > 0) | (boxes.num_radar > 0))
+    """Boxes with a class and a point (``has_point``): (M, 9) x, y, z (gravity centre), l, w, h, yaw, vx, vy in dst (velocity
+    NaN = unknown), and labels (M,) in the order of ``DETECTION_CLASSES``."""
+    use = (boxes.label >= 0) & boxes.has_point
     heading = np.column_stack([np.cos(boxes.yaw_rad), np.sin(boxes.yaw_rad), np.zeros(len(boxes))])
     turned = dst_from_ego.vectors(heading)
     yaw = np.arctan2(turned[:, 1], turned[:, 0])

@@ -20,6 +20,7 @@ from toy import SUITE, TOY_FIELDS, TOY_POSE, open_toy
 from toy_build import build_toy, open_toy_cache, stored
 
 from imkd_data import open_cache
+from imkd_data.cache.index import sample_row
 from imkd_data.errors import CacheDamageError, MismatchError, UsageError
 
 
@@ -68,6 +69,27 @@ def test_index_columns(toy_cache: Path) -> None:
     assert cache.index.schema.field("toy_count.crc32c").type == "uint32"
 
 
+@pytest.mark.parametrize(
+    ("text", "night", "rain"),
+    [
+        ("Night, rain, parked cars", True, True),
+        ("light rain; rainy road", False, True),
+        ("RAINING at nighttime", True, True),
+        ("rain_night_2, heavy rainfall", True, True),
+        ("Late night, after rain, peds", True, False),
+        ("After rain, then rain again", False, True),
+        ("Parked cars, train station", False, False),
+        ("Long drain, rainbow, trains, terrain", False, False),
+        ("Knights bridge, Nightingale road", False, False),
+        ("overnight, midnight", True, False),
+    ],
+)
+def test_weather_is_said_in_whole_words(toy_root: Path, text: str, night: bool, rain: bool) -> None:
+    sample = replace(open_toy(toy_root).samples("toy-000")[0], description=text)
+    row = sample_row(sample, SUITE)
+    assert (row["night"], row["rain"]) == (night, rain)
+
+
 def test_sequence_longer_than_a_shard_is_cut(toy_root: Path, tmp_path: Path) -> None:
     build_toy(toy_root, tmp_path / "c", overrides={"rows_per_shard": 3})
     cache = open_toy_cache(tmp_path / "c")
@@ -90,6 +112,15 @@ def test_field_that_is_absent_or_of_another_version(toy_cache: Path) -> None:
     assert "--update --fields lidar_points" in str(caught.value)
     newer = open_cache(toy_cache, fields=[replace(TOY_POSE, version=2, decode=lambda v, r, s: v * 2)])
     np.testing.assert_array_equal(newer.decode("toy_pose", 0), newer.read("toy_pose", 0))  # not decoded by a foreign rule
+
+
+def test_parts_of_an_array_field_are_no_question(toy_cache: Path) -> None:
+    cache = open_toy_cache(toy_cache)
+    with pytest.raises(UsageError, match="toy_count is an array") as caught:
+        cache.read_parts("toy_count", 0)
+    assert "read" in caught.value.details["next"]
+    with pytest.raises(MismatchError, match="has no field"):
+        cache.read_parts("lidar_points", 0)
 
 
 def test_a_moved_cache_is_the_same(damaged: Callable[[], Path]) -> None:

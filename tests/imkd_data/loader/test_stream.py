@@ -146,6 +146,30 @@ def test_usage_errors(cache: MemoryCache) -> None:
             stream(cache, arguments.pop("batch_size", 1), **{"fields": ("boxes",), **arguments})
 
 
+def test_lists_of_splits_are_taken_whole(cache: MemoryCache) -> None:
+    def rows(split: str) -> list[int]:
+        return sorted(int(r) for r in stream(cache, 1, split=split, fields=("boxes",)).order.rows)
+
+    both = sorted([*rows("train"), *rows("val")])
+    assert rows("all") == rows("train,val") == rows("val, train") == rows("train,all") == both
+    for split in ("train,typo", "typo", "mini_train,val", "train,", "", "trainval", "train;val"):
+        with pytest.raises(UsageError, match="no rows of split") as caught:
+            rows(split)
+        assert caught.value.details["expected"] == "train, val" and caught.value.details["found"] == split
+        assert "'train'" not in caught.value.what and "'val'" not in caught.value.what
+
+
+def test_names_of_a_list_stand_for_what_they_do_alone(cache: MemoryCache) -> None:
+    mini = MemoryCache.__new__(MemoryCache)
+    mini.__dict__.update(cache.__dict__)
+    column = [f"mini_{name}" for name in cache.index["split"].to_pylist()]
+    mini.index = cache.index.set_column(cache.index.column_names.index("split"), "split", [column])
+    for split in ("train,val", "mini_train,mini_val", "mini_train,val"):
+        assert sorted(stream(mini, 1, split=split, fields=("boxes",)).order.rows) == sorted(cache.samples)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="'test'"):
+        stream(mini, 1, split="train,test", fields=("boxes",))  # type: ignore[arg-type]
+
+
 # ------------------------------------------------------------------------------------------------------- missing fields
 
 
@@ -162,6 +186,14 @@ def test_a_missing_field_names_the_command_that_adds_it(tmp_path: Path) -> None:
     with pytest.raises(MissingFeatureError, match="bev_stage9"):
         stream(poor, 1, fields=("teacher_00_bev_stage9",))
     assert "radar_points" not in stream(poor, 1).request.parts
+
+
+def test_images_that_stayed_outside_are_no_part_that_the_cache_holds(tmp_path: Path) -> None:
+    references = MemoryCache(tmp_path, scenes=1, images_mode="reference")
+    first = next(iter(stream(references, 1)))
+    assert first.images_BTVCHW is None and first.boxes is not None and first.radar is not None
+    with pytest.raises(MissingFeatureError, match="refers to image files"):
+        stream(references, 1, fields=("images",))
 
 
 # ------------------------------------------------------------------------------------------------------------- geometry
