@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from cli.model_tools import COMMANDS
+from cli.model_tools import COMMANDS, device_option
 from cli.options import named_paths
 from cli.show import COMMANDS as SHOW
 from cli.show import named_checkpoint, print_robustness
@@ -211,7 +211,7 @@ def train(
 @click.option("--out", required=True, type=PATH, help="Gets results.json and metrics_summary.json, or the robustness table.")
 @click.option("--engine", default="devkit", show_default=True, type=click.Choice(["devkit", "fast"]))
 @click.option("--split", help="Splits to score; default val, else all rows of the cache.")
-@click.option("--device", default="cpu", show_default=True)
+@device_option
 @click.option("--batch-size", default=1, show_default=True, type=click.IntRange(min=1))
 @click.option("--robustness", is_flag=True, help="Score under weather, range, lost sensors, time lag; resumable.")
 @click.option("--beside", multiple=True, metavar="NAME=CKPT", help="A further network in the robustness table; repeat.")
@@ -230,6 +230,9 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Score a checkpoint by the official nuScenes detection evaluation; networks run in float32, however they were trained."""
+    from pipelines.device import device_of
+
+    device = device_of(device)
     if robustness:
         options: dict[str, Any] = {"cache": cache, "out": out, "dataroot": dataroot, "split": split, "as_json": as_json}
         print_robustness(checkpoint, beside, **options, device=device, batch_size=batch_size)
@@ -257,15 +260,16 @@ def evaluate(
 @click.option("--split", required=True)
 @click.option("--out", required=True, type=PATH, help="Gets results.json, a nuScenes submission.")
 @click.option("--scenes", help="Comma-separated scene names; default all of the split.")
-@click.option("--device", default="cpu", show_default=True)
+@device_option
 @click.option("--batch-size", default=1, show_default=True, type=click.IntRange(min=1))
 def predict(
     checkpoint: Path, dataroot: Path, version: str, split: str, out: Path, scenes: str | None, device: str, batch_size: int
 ) -> None:
     """Boxes for a split of a nuScenes tree, in float32; opens no file that the checkpoint's sensors do not need."""
+    from pipelines.device import device_of
     from pipelines.predict import predict_split
 
-    names = tuple(s for s in (scenes or "").split(",") if s)
+    names, device = tuple(s for s in (scenes or "").split(",") if s), device_of(device)
     click.echo(predict_split(checkpoint, dataroot, version, split, out, scenes=names, device=device, batch_size=batch_size))
 
 

@@ -12,9 +12,14 @@ import click
 from cli.bench_distill import distill
 from cli.bench_latency import latency
 
-__all__ = ["COMMANDS"]
+__all__ = ["COMMANDS", "device_option"]
 
 PATH = click.Path(path_type=Path)
+
+# Every command that takes it asks ``pipelines.device.device_of`` what auto is.
+device_option = click.option(
+    "--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda, cuda:N; auto: CUDA where torch sees it."
+)
 
 
 class DemoScreen:
@@ -109,11 +114,12 @@ def export(checkpoint: Path, kind: str, out: Path, cache: Path | None, radar_poi
 @click.option("--checkpoint", required=True, type=PATH, help="The teacher.")
 @click.option("--cache", required=True, type=PATH, help="Gets the fields teacher_<hash8>_<name>.")
 @click.option("--features", required=True, help="Comma-separated feature names, e.g. bev_stage1,bev_stage2.")
-@click.option("--device", default="cpu", show_default=True)
+@device_option
 @click.option("--quiet", is_flag=True)
 def cache_teacher(checkpoint: Path, cache: Path, features: str, device: str, quiet: bool) -> None:
     """Store a frozen teacher's maps (half precision, no augmentation) in the cache; the same command continues."""
     from pipelines.cache_teacher import cache_features
+    from pipelines.device import device_of
 
     names = tuple(n.strip() for n in features.split(",") if n.strip())
 
@@ -121,7 +127,7 @@ def cache_teacher(checkpoint: Path, cache: Path, features: str, device: str, qui
         if not quiet:
             click.echo(f"shard {done}/{total}", err=True)
 
-    for name in cache_features(checkpoint, cache, names, device=device, progress=tell):
+    for name in cache_features(checkpoint, cache, names, device=device_of(device), progress=tell):
         click.echo(name)
 
 

@@ -95,7 +95,7 @@ def print_robustness(
         networks[name] = Path(path_text)
     words = f"imkd evaluate --robustness --checkpoint {first}=CKPT" + "".join(f" --beside {n}=CKPT" for n in [*networks][1:])
     words += " --cache CACHE --dataroot TREE --out OUT" + (f" --split {split}" if split else "")
-    words += (f" --batch-size {batch_size}" if batch_size > 1 else "") + (f" --device {device}" if device != "cpu" else "")
+    words += (f" --batch-size {batch_size}" if batch_size > 1 else "") + f" --device {device}"
     opened = open_cache(cache)
     options = {"dataroot": dataroot, "split": split, "device": device, "batch_size": batch_size}
     rows = robustness(networks, opened, out, **options, command=words, progress=tell)  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from imkd_data.errors import MismatchError, StorageError
 from imkd_data.recipe import canonical_json
 from pipelines.bench_rows import Preset
 from pipelines.bench_world import write_json
+from pipelines.device import device_of
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
@@ -59,10 +60,7 @@ class Bench:
     @property
     def device(self) -> str:
         """Where scores are computed."""
-        import torch
-
-        cuda = self.accelerator in ("auto", "cuda") and torch.cuda.is_available()
-        return "cuda" if cuda else "cpu"
+        return device_of(self.accelerator)
 
 
 def train_and_score(

@@ -23,6 +23,7 @@ from imkd_models.config import FusionConfig, LidarConfig, ModelConfig, StudentCo
 from imkd_models.presets import build_model
 from pipelines.bench_step import PARTS, copy_rate, matmul_flops
 from pipelines.counting import MacCounter, blank_batch, resolved_config
+from pipelines.device import device_of
 from pipelines.optimise import make_optimiser
 from pipelines.run import Run
 
@@ -252,8 +253,8 @@ def run_latency_bench(
     config = None if run.stages else resolved_config(run)
     if not isinstance(config, StudentConfig | LidarConfig | FusionConfig):
         raise UsageError("latency is measured for one student or teacher", found=run.name, expected="for example crn_r50")
-    on_gpu = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if on_gpu else "cpu")
+    device = torch.device(device_of(accelerator))
+    on_gpu = device.type == "cuda"
     model: Any = build_model(config, pretrained=False).eval()
     batch = random_batch(config, radar_points=radar_points, lidar_points=lidar_points)
     sizes = {p: DTYPES[p].itemsize for p in precisions}

@@ -12,6 +12,7 @@ from torch import nn
 
 from imkd_data.errors import UsageError
 from imkd_data.loader.work import leave_if_started_by_a_stream
+from pipelines.device import device_of
 from pipelines.run import Run
 
 __all__ = ["Machine", "accumulation", "bytes_from_text", "channels_last", "loss_scaler", "make_fabric"]
@@ -43,9 +44,7 @@ def make_fabric(run: Run, machine: Machine) -> Any:
     from lightning.fabric import Fabric
     from lightning.fabric.strategies.ddp import DDPStrategy
 
-    devices, accelerator = machine.devices, machine.accelerator
-    if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    devices, accelerator = machine.devices, device_of(machine.accelerator)
     nodes = max(1, _env_int("SLURM_JOB_NUM_NODES", 1)) if _env_int("SLURM_NTASKS", 1) > 1 else 1
     world = max(devices * nodes, _env_int("WORLD_SIZE", 1), _env_int("SLURM_NTASKS", 1))
     # A method may leave parts of the student without gradient (a partition, a switched-off term); plain networks do not.

@@ -253,7 +253,8 @@ def _crkd_student(name: str, summary: str) -> Run:
 
 def crkd_r50() -> Run:
     """CRKD, ResNet-50, its own grid; needs --teacher fusion=CKPT on that grid (crkd_teacher, or imported). As published it
-    goes on from a trained student: ``--set start=CKPT``; without it the student starts from image weights alone."""
+    goes on from a trained student: ``--set start=CKPT``; without it the student starts as built, its image
+    backbone at random unless ``model.backbone_weights`` is set."""
     return _crkd_student("crkd_r50", "CRKD student, ResNet-50, 180x180 cells of 0.6 m")
 
 

@@ -167,6 +167,25 @@ def test_the_register_of_defects_is_the_code() -> None:
     assert named.count("--as-released") == 4 and "--as-released" in flags
 
 
+def test_crkds_switches_on_the_page_are_the_code() -> None:
+    """Every switch stands once beneath CRKD's table, with rows that the table has; the forms the page shows are taken."""
+    from imkd_models.distill.crkd import DEFECTS
+    from pipelines.run import parse_settings
+    from pipelines.runs import get_run
+
+    text = (DOCS / "defects.md").read_text()
+    part = text.split("## CRKD")[1].split("\n## ")[0]
+    named = re.findall(r"`(\w+)` \((\d+)(?: and (\d+))?\)", part)
+    assert sorted(name for name, *_ in named) == sorted(DEFECTS)
+    rows = set(re.findall(r"^\| (\d+) \|", part, re.MULTILINE))
+    assert {number for _, *numbers in named for number in numbers if number} <= rows
+    (switches,) = re.findall(r"--set (defects=[\w,]+)`", part)
+    run = get_run("tiny_student").with_method("crkd").with_settings(parse_settings([switches]))
+    assert len(run.options["defects"].split(",")) == 2 and set(run.options["defects"].split(",")) <= set(DEFECTS)
+    (parity,) = re.findall(r"--set '(model\.parity=[^']+)'", text)
+    assert get_run("crn_r50").with_settings(parse_settings([parity])).model["parity"] == ["cell_index:trunc"]
+
+
 def test_export_commands_of_the_page_run(workplace: Path) -> None:
     from cli.data import group
     from cli.main import run_group

@@ -90,6 +90,8 @@ def test_view(built: Any) -> None:
     newest = radar["sweep"] == 0
     x, y = polar[:, 0] * np.cos(polar[:, 1]), polar[:, 0] * np.sin(polar[:, 1])
     np.testing.assert_allclose(np.stack([x, y], 1), radar["xyz_m"][newest, :2], atol=1e-4)
+    np.testing.assert_allclose(polar[:, 4], radar["age"][newest], atol=1e-6)
+    assert built.view(PolarRadar).sample(row)["radar"][:, 4].max() > 0  # past scans have positive ages
     assert len(built.view(PolarRadar).dataset("mini_val")) == 4
 
 

@@ -1,8 +1,8 @@
 """IMKD: intensity-aware LiDAR-to-radar, intensity-guided LiDAR(+label)-to-fused and intensity-guided fusion.
 
 An IMKD-style reimplementation: the paper's equations were not public (imkd, section 0). Stage 3's fuser runs at inference
-and is model code (``fusion.py``); here is everything that exists only in training. Stage names follow ``design.md``
-section 5: the teachers' maps on the student's own grid G0 are their ``bev_stage1``, on the twice coarser G1 ``bev_stage2``.
+and is model code (``fusion.py``); here is everything that exists only in training. Stage names:
+the teachers' maps on the student's own grid G0 are their ``bev_stage1``, on the twice coarser G1 ``bev_stage2``.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ class Imkd(Distiller):
                 f"IMKD pairs student {mine} with teacher {theirs}, which must share a grid",
                 expected=f"{a[1]}x{a[2]}",
                 found=f"{b[1]}x{b[2]}",
-                next="use a teacher whose stage strides match the student's (design.md, section 5)",
+                next="use a teacher with bev_stage1 on the student's grid and bev_stage2 twice as coarse",
             )
         self.parts[key] = part
         self.adaptors[key] = Adaptor(part.stop - part.start, b[0])

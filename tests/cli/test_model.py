@@ -188,3 +188,46 @@ def test_train_by_command_line(toy: Any, tmp_path: Path, monkeypatch: pytest.Mon
     plan = json.loads(text)
     assert plan["planned"] == "toy_lidar" and plan["hours"] > 0 and 0 <= plan["data_wait"] < 1
     assert plan["parameters"] == sum(plan["modules"].values()) and plan["peak_bytes"] > 10**7
+
+
+DEVICE_COMMANDS = [
+    (
+        "pipelines.evaluate.evaluate_checkpoint",
+        ("evaluate", "--checkpoint", "k", "--cache", "c", "--dataroot", "d", "--out", "o"),
+    ),
+    (
+        "pipelines.robustness.robustness",
+        ("evaluate", "--robustness", "--checkpoint", "k", "--cache", "c", "--dataroot", "d", "--out", "o"),
+    ),
+    ("pipelines.predict.predict_split", ("predict", "--checkpoint", "k", "--dataroot", "d", "--split", "val", "--out", "o")),
+    (
+        "pipelines.cache_teacher.cache_features",
+        ("cache-teacher", "--checkpoint", "k", "--cache", "c", "--features", "bev_neck"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("seen", "expected"), [(True, "cuda"), (False, "cpu")])
+@pytest.mark.parametrize(("target", "words"), DEVICE_COMMANDS, ids=[t.rpartition(".")[2] for t, _ in DEVICE_COMMANDS])
+def test_networks_run_where_training_does(
+    target: str, words: tuple[str, ...], seen: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --device: CUDA where torch sees one, else the CPU; a named device is taken as it is."""
+    import torch
+
+    import imkd_data
+
+    class Reached(Exception):
+        pass
+
+    def record(*_: Any, device: str, **__: Any) -> None:
+        raise Reached(device)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen)
+    monkeypatch.setattr(imkd_data, "open_cache", lambda *_, **__: None)
+    monkeypatch.setattr(target, record)
+    from cli.model import group
+
+    for given, device in (((), expected), (("--device", "cpu"), "cpu"), (("--device", "cuda:1"), "cuda:1")):
+        with pytest.raises(Reached, match=f"^{device}$"):
+            group.main([*words, *given], standalone_mode=False)

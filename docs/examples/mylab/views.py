@@ -1,4 +1,7 @@
-"""Polar radar points, as a model of ours takes them: range, azimuth, radial speed, rcs, age; newest scans only."""
+"""Polar radar points, as a model of ours takes them: range, azimuth, radial speed, rcs, age; newest scans only.
+
+Age is key time minus scan time in seconds: positive for what was measured before.
+"""
 
 import numpy as np
 
@@ -20,5 +23,5 @@ class PolarRadar(View):
         x, y = radar["xyz_m"][new, :2].T
         reach = np.hypot(x, y)
         speed = (radar["vx_comp"][new] * x + radar["vy_comp"][new] * y) / np.maximum(reach, 0.1)
-        columns = [reach, np.arctan2(y, x), speed, radar["rcs"][new], -radar["age"][new]]
+        columns = [reach, np.arctan2(y, x), speed, radar["rcs"][new], radar["age"][new]]
         return {"token": self.cache.token(row), "radar": np.stack(columns, axis=1).astype(np.float32)}
