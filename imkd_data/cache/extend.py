@@ -49,7 +49,8 @@ def add_fields(
         progress: (shards done, all shards).
 
     Raises:
-        UsageError: not an array field, or quarantined rows. MismatchError: a field of that name with another key.
+        UsageError: not an array field, or quarantined rows. MismatchError: a field of that name with another key or another
+        array; nothing was touched then.
     """
     for one in fields:
         if one.kind != "array":
@@ -61,6 +62,7 @@ def add_fields(
     mine = {f.name: _told(f, upstream) for f in fields}
     for one in mine.values():
         parts[one.name] = keys.recipe_part(one, recipe, parts)
+    _refuse_others(cache, mine, parts, recipe)
     for shard in cache.shards:
         _shard(cache, shard.number, mine, upstream, parts, recipe, compute)
         if progress is not None:
@@ -73,6 +75,25 @@ def _told(one: CacheField, upstream: Sequence[str]) -> CacheField:
     names = tuple(sorted(upstream))
     added = {"uses": list(one.uses), "upstream": list(names)}
     return replace(one, upstream=names, attributes=lambda recipe, suite: {**one.attributes(recipe, suite), "added": added})
+
+
+def _refuse_others(cache: Cache, mine: Mapping[str, CacheField], parts: Mapping[str, str], recipe: Recipe) -> None:
+    """Raise for a name that the cache holds as another field: its rows would be written over."""
+    for name, one in mine.items():
+        entry = cache.manifest["fields"].get(name)
+        if entry is None:
+            continue
+        meta = array_zarr_json(one, recipe, cache.suite, len(cache.shards), parts[name])
+        # The manifest tells, not the file: a damaged zarr.json of the same field is written again.
+        if entry["key_recipe_part"] != parts[name] or entry.get("zarr_json_sha256") != sha256_hex(meta):
+            raise MismatchError(
+                "the cache holds another field of this name",
+                rule="field.other",
+                field=name,
+                expected="the same version, shape, dtype, codec and upstream fields",
+                kept="nothing was changed",
+                next="give the new field another name, or add it to another cache",
+            )
 
 
 def _shard(
@@ -133,14 +154,11 @@ def _publish(cache: Cache, mine: Mapping[str, CacheField], parts: Mapping[str, s
     for name, one in mine.items():
         path = out / "arrays.zarr" / name / "zarr.json"
         meta = array_zarr_json(one, recipe, cache.suite, len(cache.shards), parts[name])
-        if name in cache.fields and path.is_file() and path.read_bytes() != meta:
-            raise MismatchError("the cache holds another field of this name", field=name, next="remove it from the cache")
         commit_bytes(path, meta, "array", replace=path.is_file())
     rows = [{k: v for k, v in line.items() if "." not in k} for line in read_index(out / "index.parquet").to_pylist()]
     index = index_bytes(cache.shards, rows, fields, receipts, recipe.rows_per_shard, cache.suite)
     pending = out / PENDING
-    shutil.rmtree(pending, ignore_errors=True)
-    pending.mkdir(parents=True)
+    _drop(pending)
     commit_bytes(pending / "recipe.json", canonical_json(recipe.as_dict()), "recipe")
     commit_bytes(pending / "index.parquet", index, "index")
     manifest = _manifest(out, pending, recipe, cache, fields, receipts, parts, index)
@@ -168,17 +186,29 @@ def _manifest(
 
 
 def finish_pending(out: Path) -> bool:
-    """Finish a swap that a crash interrupted; True if there was one. A half-laid one (no manifest in it) is dropped."""
+    """Finish a swap that a crash interrupted; True if the cache now is the swapped one. What lacks one of its files is
+    dropped: half laid, or half removed after the swap. The data files and receipts stay, so adding goes on from them."""
     pending = out / PENDING
     if not pending.is_dir():
         return False
-    if not (pending / "manifest.json").is_file():
-        shutil.rmtree(pending, ignore_errors=True)
-        return False
-    contents = {n: (pending / n).read_bytes() for n in _SWAPPED}
+    contents = {n: (pending / n).read_bytes() for n in _SWAPPED if (pending / n).is_file()}
+    if len(contents) < len(_SWAPPED):
+        done = "manifest.json" in contents and _holds(out / "manifest.json", contents["manifest.json"])
+        _drop(pending)
+        return done
     if (out / "manifest.json").is_file() and (out / "manifest.json").read_bytes() != contents["manifest.json"]:
         remove_file(out / "manifest.json", "manifest")
     for name, data in contents.items():
         commit_bytes(out / name, data, name.partition(".")[0], replace=os.path.exists(out / name))
-    shutil.rmtree(pending, ignore_errors=True)
+    _drop(pending)
     return True
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == data
+
+
+def _drop(pending: Path) -> None:
+    """Remove the folder, its manifest first: a crash in between must not leave what looks like a whole swap."""
+    remove_file(pending / "manifest.json", "manifest")
+    shutil.rmtree(pending, ignore_errors=True)

@@ -115,10 +115,10 @@ class Upstream:
             index = parse_index(data[-(r * 16 + 4) :], r, len(data)) if one.kind == "array" else None
             self.open[name] = data, index, receipt
         data, index, receipt = self.open[name]
-        if one.kind == "blob":
-            return {m[0]: data[m[1] : m[1] + m[2]] for m in receipt["members"][position] or []}
         if receipt["row_crc32c"][position] is None:
             raise InputDataError("upstream row is a hole", rule="upstream.hole", field=name)
+        if one.kind == "blob":
+            return {m[0]: data[m[1] : m[1] + m[2]] for m in receipt["members"][position]}
         assert one.shape is not None and one.dtype is not None
         at, size = (int(v) for v in index[position])
         return decode_row(data[at : at + size], one.codec, one.dtype, one.shape(self.recipe, self.suite))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from imkd_data.cache.index import sample_row
 from imkd_data.cache.inputs import sample_inputs
 from imkd_data.cache.layout import Shard
 from imkd_data.cache.receipt import parse_json, read_json, read_receipt
-from imkd_data.errors import CacheDamageError, ImkdError, InputDataError, RecipeError, SourceMissingError
+from imkd_data.errors import CacheDamageError, ImkdError, InputDataError, MismatchError, RecipeError, SourceMissingError
 from imkd_data.fields.base import CacheField
 from imkd_data.recipe import Recipe
 from imkd_data.sample import Reader, Sample, SensorSuite
@@ -153,8 +153,8 @@ class _Scan:
             if inputs.missing is not None:
                 self.missing.append(inputs.missing)
 
-    def check(self, missing_ok: bool) -> None:
-        """Raise one error for everything that was found, grouped."""
+    def check(self, missing_ok: bool, held: Collection[str] = ()) -> None:
+        """Raise one error for everything that was found, grouped. ``held``: scenes that the cache holds already."""
         if self.bad:
             raise type(self.bad[0])(
                 self.bad[0].what + (f"; {len(self.bad)} problems in all" if len(self.bad) > 1 else ""),
@@ -180,6 +180,11 @@ class _Scan:
             "unpack the missing archives and run the same command; or build what is there with --scenes available, or add "
             "--on-error quarantine"
         )
+        if not set(scenes).isdisjoint(held):
+            details["next"] = (
+                "put the files back and run the same command again, or add --on-error quarantine; scenes that the cache holds "
+                "cannot be left out"
+            )
         raise SourceMissingError(first.what, rule=first.rule, problems=tuple(once.values()) if len(once) > 1 else (), **details)
 
 
@@ -197,6 +202,19 @@ def _scenes(reader: Reader, recipe: Recipe) -> list[tuple[str, str]]:
     if not out:
         raise SourceMissingError("the tables hold no scene of the split", found=", ".join(recipe.splits))
     return out
+
+
+def _check_held(old: Sequence[Shard], scenes: Set[tuple[str, str]]) -> None:
+    """Old shards keep their samples, so their scenes must be among those that are planned."""
+    held = dict.fromkeys((shard.split, clip.scene) for shard in old for clip in shard.clips)
+    lost = [" ".join(one) for one in held if one not in scenes]
+    if lost:
+        raise MismatchError(
+            "the cache holds scenes that the request lacks",
+            rule="scenes.lost",
+            found=", ".join(lost[:20]) + (f" and {len(lost) - 20} more" if len(lost) > 20 else ""),
+            next="ask for them, too, with --update, --split and --scenes (the tables must hold them); or use another --out",
+        )
 
 
 def make_plan(
@@ -219,14 +237,17 @@ def make_plan(
     """
     scan = _Scan(reader, recipe, fields)
     scenes = _scenes(reader, recipe)
+    # A shard table without a recipe is what a crash left before anything was built: it binds nobody.
+    begun = stored_recipe(out) if out else None
+    group = stored_group(out) if out and begun else None
+    old = layout.shards_from_json(group["shards"]) if group else ()
+    _check_held(old, set(scenes))
     counts = []
     for i, (split, scene) in enumerate(scenes):
         counts.append((split, scene, scan.scene(split, scene)))
         if progress:
             progress(i + 1, len(scenes), scene)
-    scan.check(missing_ok)
-    group = stored_group(out) if out else None
-    old = layout.shards_from_json(group["shards"]) if group else ()
+    scan.check(missing_ok, {clip.scene for shard in old for clip in shard.clips})
     shards = layout.extend_shards(old, counts, recipe.rows_per_shard)
     tokens = tuple(
         tuple(t for clip in s.clips for t in scan.tokens[s.split, clip.scene][clip.start : clip.stop]) for s in shards
@@ -253,19 +274,18 @@ def make_plan(
         inputs=inputs,
         keys=shard_keys,
     )
-    queue = _queue(plan, out, retry_holes) if out else _queue_all(plan)
+    queue = _queue(plan, out, begun, retry_holes) if out else _queue_all(plan)
     if hash_inputs and out:
         queue = queue + _changed_content(plan, reader, out, {(q.field, q.shard) for q in queue})
     plan = replace(plan, queue=tuple(queue))
-    return with_added(plan, out, stored_recipe(out)) if out else plan
+    return with_added(plan, out, begun) if out else plan
 
 
 def _queue_all(plan: Plan) -> list[Queued]:
     return [Queued(name, s.number, "new", False) for name in plan.fields for s in plan.shards]
 
 
-def _queue(plan: Plan, out: Path, retry_holes: bool) -> list[Queued]:
-    old = stored_recipe(out)
+def _queue(plan: Plan, out: Path, old: Recipe | None, retry_holes: bool) -> list[Queued]:
     shapes = row_shapes(plan.fields, plan.recipe, plan.suite)
     found: list[Queued] = []
     for name in plan.fields:
@@ -328,7 +348,8 @@ def _short(value: Any) -> str:
 
 
 def _changed_content(plan: Plan, reader: Reader, out: Path, queued: set[tuple[str, int]]) -> list[Queued]:
-    """Read every raw file of built shards and compare with the receipts' content hashes."""
+    """Read every raw file of built shards and compare with the receipts' content hashes. Left out are fields with holes, whose
+    receipts hash only what could be read."""
     found = []
     for shard in plan.shards:
         names = [n for n in plan.fields if (n, shard.number) not in queued]
@@ -336,10 +357,19 @@ def _changed_content(plan: Plan, reader: Reader, out: Path, queued: set[tuple[st
         hashes: dict[tuple[str, ...], str] = {}
         for name in names:
             needs = tuple(sorted(plan.fields[name].needs))
-            if needs and needs not in hashes:
-                files = [f for s in samples for f in reader.read(s, frozenset(needs)).files]
-                hashes[needs] = keys.content_hash(plan.inputs[name][shard.number], files)
             receipt = read_receipt(layout.receipt_path(out, name, shard.number))
-            if needs and receipt["inputs"]["hash"] != hashes[needs] and not receipt["holes"]:
+            if not needs or receipt["holes"]:
+                continue
+            if needs not in hashes:
+                hashes[needs] = _content_now(reader, samples, needs, plan.inputs[name][shard.number])
+            if receipt["inputs"]["hash"] != hashes[needs]:
                 found.append(Queued(name, shard.number, "content of a source file changed", True))
     return found
+
+
+def _content_now(reader: Reader, samples: Sequence[Sample], needs: tuple[str, ...], manifest: str) -> str:
+    """Content hash of the raw files as they are; "" where one cannot be read any more, which the build could."""
+    try:
+        return keys.content_hash(manifest, [f for s in samples for f in reader.read(s, frozenset(needs)).files])
+    except (InputDataError, SourceMissingError):
+        return ""

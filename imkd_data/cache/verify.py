@@ -17,13 +17,13 @@ import pyarrow as pa
 
 from imkd_data.cache import layout
 from imkd_data.cache.codecs import CRC_RESIDUE, MEMBER_NAME, MISSING, parse_index
-from imkd_data.cache.commit import crc32c_hex, sha256_hex
+from imkd_data.cache.commit import crc32c_hex, sha256_hex, storage_error
 from imkd_data.cache.index import read_index
 from imkd_data.cache.layout import Shard
 from imkd_data.cache.manifest import suite_from_json
-from imkd_data.cache.receipt import parse_json, read_bytes, read_json, unsealed
+from imkd_data.cache.receipt import parse_json, read_bytes, unsealed
 from imkd_data.cache.rules import RULES, Problem
-from imkd_data.errors import CacheDamageError, ImkdError, MismatchError
+from imkd_data.errors import CacheDamageError, ImkdError, MismatchError, StorageError, UsageError
 from imkd_data.recipe import Recipe
 
 __all__ = ["LEVELS", "RULES", "Problem", "damaged_pairs", "verify"]
@@ -63,7 +63,8 @@ def verify(
     """Problems of a cache, worst first within each file; [] = none found. ``sample``: share of shards looked into by ``full``
     and of rows by ``geometry`` (spread evenly).
 
-    Raises MismatchError (newer format), CacheDamageError (no cache at all), StorageError. Never writes.
+    Raises UsageError (a field that the cache does not have), MismatchError (newer format), CacheDamageError (no cache at all),
+    StorageError. Never writes.
     """
     if level not in LEVELS:
         raise ValueError(f"level {level!r}, known: {LEVELS}")
@@ -74,6 +75,9 @@ def verify(
     _read_top(known)
     if known.recipe is None or not known.shards:
         return known.problems
+    unknown = [n for n in fields or () if n not in known.recipe.fields]
+    if unknown:
+        raise UsageError("unknown fields", expected=", ".join(known.recipe.fields), found=", ".join(unknown))
     names = [n for n in known.recipe.fields if fields is None or n in fields]
     _check_receipts(known, names)
     _check_data(known, names, level != "quick", _every(len(known.shards), sample), progress)
@@ -101,7 +105,7 @@ def _read_top(known: _Known) -> None:
     """Manifest, recipe, group, NOTICE, index. The manifest's second copies stand in for a damaged recipe or group."""
     path = known.path
     try:
-        known.manifest = unsealed(read_json(path / "manifest.json"), "self_sha256", path / "manifest.json")
+        known.manifest = unsealed(_json(path / "manifest.json"), "self_sha256", path / "manifest.json")
     except MismatchError:
         raise
     except CacheDamageError as error:
@@ -134,9 +138,23 @@ def _read_top(known: _Known) -> None:
 
 def _hash(path: Path) -> str:
     try:
-        return sha256_hex(read_bytes(path))
+        return sha256_hex(_bytes(path))
     except CacheDamageError:
         return "missing"
+
+
+def _bytes(path: Path) -> bytes:
+    """The file's bytes; a folder in its place, or a file in place of its folder, is damage and no fault of the disk."""
+    try:
+        return read_bytes(path)
+    except StorageError as error:
+        if isinstance(error.__cause__, IsADirectoryError | NotADirectoryError):
+            raise CacheDamageError(error.what, rule="file.missing", file=str(path)) from error
+        raise
+
+
+def _json(path: Path) -> Any:
+    return parse_json(_bytes(path), path)
 
 
 def _top_json(known: _Known, name: str, rule: str, seal: str, parse: Callable[[Any], Any]) -> Any:
@@ -161,7 +179,7 @@ def _check_receipts(known: _Known, names: Sequence[str]) -> None:
             path = known.path / "arrays.zarr" / name / "zarr.json"
             relative = str(path.relative_to(known.path))
             try:
-                data = read_bytes(path)
+                data = _bytes(path)
                 parse_json(data, path)
                 if entry and sha256_hex(data) != entry["zarr_json_sha256"]:
                     raise CacheDamageError("file differs from the manifest")
@@ -229,6 +247,11 @@ def _data_problems(known: _Known, name: str, receipt: Mapping[str, Any], full: b
     except FileNotFoundError:
         yield "data.missing", {}
         return
+    except NotADirectoryError as error:
+        yield "data.missing", {"what": f"a file lies where its folder should be: {error.strerror}"}
+        return
+    except OSError as error:  # it may be there: no repair may take this for damage
+        raise storage_error(error, path) from error
     if size != receipt["bytes"]:
         yield "data.size", {"expected": f"{receipt['bytes']:,} bytes", "found": f"{size:,} bytes"}
         return

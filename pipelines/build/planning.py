@@ -29,7 +29,8 @@ def plan_only(
     hash_inputs: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[Resolved, Plan, SourceMissingError | None]:
-    """The plan of a request; missing sensor files are returned, grouped, instead of raised. Writes nothing."""
+    """The plan of a request; missing sensor files are returned, grouped, instead of raised: their shards are queued, the
+    others still compared. Writes nothing."""
     asked, out = asked_from(request)
     resolved = resolve(merged(asked, out) if update else asked)
     where = out if (out / "recipe.json").is_file() else None
@@ -40,5 +41,5 @@ def plan_only(
         if error.rule != "source.missing":
             raise
         missing = error
-        plan = make_plan(resolved.reader, resolved.recipe, resolved.fields, where, missing_ok=True)
+        plan = make_plan(resolved.reader, resolved.recipe, resolved.fields, where, hash_inputs=hash_inputs, missing_ok=True)
     return resolved, plan, missing

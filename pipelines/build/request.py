@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from imkd_data.cache.added import added_names
-from imkd_data.cache.layout import check_name
-from imkd_data.cache.plan import split_by_sensors, stored_recipe
+from imkd_data.cache.layout import check_name, shards_from_json
+from imkd_data.cache.plan import split_by_sensors, stored_group, stored_recipe
 from imkd_data.errors import ImkdError, MismatchError, RecipeError, SourceMissingError, UsageError
 from imkd_data.fields.base import CacheField
 from imkd_data.geometry import BevGrid
 from imkd_data.recipe import Recipe
-from imkd_data.sample import Reader, SensorSuite
+from imkd_data.sample import Reader, Sample, SensorSuite
 
 __all__ = ["Asked", "ReaderSpec", "Resolved", "merged", "resolve"]
 
@@ -70,7 +70,7 @@ class Resolved:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """What the user said; None = not said. ``fields``: names or CacheField values. ``overrides``: recipe entries by name;
-    ``grid.cell_m`` and ``options.x`` reach inside. ``scenes``: "all", "available", names or globs."""
+    ``grid.cell_m`` and ``options.x`` reach inside. ``scenes``: names, globs, "all" and "available"; all that match any."""
 
     dataroot: Path
     version: str | None = None
@@ -109,10 +109,7 @@ def merged(asked: Asked, out: Path) -> Asked:
     names |= {(f if isinstance(f, str) else f.name): f for f in asked.fields or ()}
     scenes: str | Sequence[str] = list(old.scenes) or "all"
     if asked.scenes is not None:
-        scenes = asked.scenes
-        if not isinstance(scenes, str) or scenes not in ("all", "available"):
-            new = scenes.split(",") if isinstance(scenes, str) else list(scenes)
-            scenes = [*old.scenes, *new]
+        scenes = _joined_scenes(asked.scenes, set(asked.splits or ()) <= set(old.splits), old, out)
     return replace(
         asked,
         version=asked.version or old.version,
@@ -124,6 +121,22 @@ def merged(asked: Asked, out: Path) -> Asked:
         scenes=scenes,
         dataset=asked.dataset or old.dataset,
     )
+
+
+def _patterns(scenes: str | Sequence[str]) -> list[str]:
+    return scenes.split(",") if isinstance(scenes, str) else list(scenes)
+
+
+def _joined_scenes(scenes: str | Sequence[str], same_splits: bool, old: Recipe, out: Path) -> list[str]:
+    """The scenes asked for and those of the cache in ``out``."""
+    new = _patterns(scenes)
+    if old.scenes:
+        return [*old.scenes, *new]
+    group = stored_group(out)
+    if group is None or (same_splits and "available" not in new):
+        return ["all", *new]
+    # The cache has all scenes of its splits; here "all" would be more than was asked for.
+    return [*dict.fromkeys(c.scene for shard in shards_from_json(group["shards"]) for c in shard.clips), *new]
 
 
 def _profile(name: str) -> tuple[str, ...]:
@@ -166,7 +179,7 @@ def resolve(asked: Asked) -> Resolved:
         raise UsageError("no field can be built with these sensors", found=", ".join(declared))
     reference = str(values.pop("reference_channel", None) or _reference(suite, declared))
     all_splits = tuple(sorted(set(asked.splits)))
-    found, missing = _choose_scenes(source, all_splits, asked.scenes or "all")
+    found, missing = _choose_scenes(source, all_splits, asked.scenes or "all", asked.dataroot)
     chosen, left_out = _without_annotations(source, all_splits, found, chosen, dict(left_out), required)
     base: dict[str, Any] = {
         "dataset": spec.dataset,
@@ -298,37 +311,50 @@ def _field_table(
 
 
 def _choose_scenes(
-    reader: Reader, splits: tuple[str, ...], scenes: str | Sequence[str]
+    reader: Reader, splits: tuple[str, ...], scenes: str | Sequence[str], dataroot: Path
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Explicit scenes of the recipe (() = all the tables hold) and those left out with the reason."""
     names = [n for s in splits for n in reader.scene_names(s)]
-    if scenes == "all":
-        return (), {}
-    if scenes == "available":
-        return _available(reader, names)
-    patterns = scenes.split(",") if isinstance(scenes, str) else list(scenes)
-    found = [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+    asked = _patterns(scenes)
+    patterns = [p for p in asked if p not in ("all", "available")]
+    found = {n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)}
     lost = [p for p in patterns if not any(fnmatch.fnmatchcase(n, p) for n in names)]
     if lost:
         raise UsageError("no scene of the split matches", found=", ".join(lost), expected=", ".join(names[:20]))
-    return tuple(sorted(found)), {}
-
-
-def _available(reader: Reader, names: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Scenes whose sensor files are all there, by the reader's own check or by the sizes in the input manifests."""
-    everything = frozenset(("images", "lidar", "radar"))
-    found, missing = [], {}
-    for name in names:
-        lost: list[str] = []
-        try:
-            for sample in reader.samples(name):
-                reader.input_manifest(sample, everything)
-        except SourceMissingError as error:
-            lost.append(str(error.details.get("file", error.what)))
-        if lost:
-            missing[name] = f"{len(lost)} files missing, first {lost[0]}"
-        else:
-            found.append(name)
-    if not found:
-        raise SourceMissingError("no scene of the split has all its files", found=next(iter(missing.values()), "no scenes"))
+    if "all" in asked:
+        return (), {}
+    missing: dict[str, str] = {}
+    if "available" in asked:
+        rest = [n for n in names if n not in found]
+        missing = _incomplete(reader, rest, dataroot.expanduser())
+        found |= set(rest) - set(missing)
+        if not found:
+            first = next(iter(missing.values()), "no scenes")
+            raise SourceMissingError("no scene of the split has all its files", found=first)
     return tuple(sorted(found)), missing
+
+
+def _incomplete(reader: Reader, names: Sequence[str], dataroot: Path) -> dict[str, str]:
+    """Scenes that lack sensor files, by the reader's own check or by the sizes in the input manifests, and how many."""
+    everything = frozenset(("images", "lidar", "radar"))
+    missing = {}
+    for name in names:
+        lost: dict[str, None] = {}  # in order, each once: samples share sweeps
+        try:
+            samples = reader.samples(name)
+        except SourceMissingError as error:
+            samples, lost = (), {str(error.details.get("file", error.what)): None}
+        for sample in samples:
+            try:
+                reader.input_manifest(sample, everything)
+            except SourceMissingError as error:  # of the first file; the others are looked for here
+                lost[str(error.details.get("file", error.what))] = None
+                lost |= {p: None for p in _paths(sample) if p not in lost and not (dataroot / p).is_file()}
+        if lost:
+            missing[name] = f"{len(lost)} file{'s' if len(lost) > 1 else ''} missing, first {next(iter(lost))}"
+    return missing
+
+
+def _paths(sample: Sample) -> list[str]:
+    sweeps = [s for one in (sample.lidar, *sample.radar.values()) for s in one]
+    return [c.path for c in sample.cameras] + [s.path for s in sweeps]

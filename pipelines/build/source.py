@@ -6,12 +6,14 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from imkd_data.cache import keys
+from imkd_data.cache.feed import Payloads
 from imkd_data.cache.plan import make_plan
 from imkd_data.cache.store import open_cache
 from imkd_data.cache.verify import Problem
-from imkd_data.errors import ImkdError
+from imkd_data.errors import CacheDamageError, ImkdError
 from imkd_data.fields.base import CacheField, Stored
 from imkd_data.sample import Payload, Reader, Sample
 from pipelines.build.request import Asked, merged, resolve
@@ -29,44 +31,57 @@ def verify_source(
     seed: int | None = None,
 ) -> list[Problem]:
     """Recompute ``shards`` random shards and compare every row. Problems have rules source.changed (the raw files differ
-    from those of the build) and source.differs (equal raw files, other rows). Writes nothing."""
+    from those of the build), source.differs (equal raw files, other rows), quarantined (a hole whose raw files are bad still:
+    a warning) or the rule of a stored row that cannot be read. Writes nothing.
+
+    Raises SourceMissingError where a cache without holes lacks raw files.
+    """
     root = Path(path)
     cache = open_cache(root, fields=fields)
     resolved = resolve(merged(Asked(dataroot=Path(dataroot), reader=reader, fields=list(fields)), root))
-    plan = make_plan(resolved.reader, resolved.recipe, resolved.fields, root)
+    holes_ok = bool(cache.manifest["quarantined"])  # then missing files may be part of what was built
+    plan = make_plan(resolved.reader, resolved.recipe, resolved.fields, root, missing_ok=holes_ok)
     chosen = sorted(random.Random(seed).sample(range(len(plan.shards)), min(shards, len(plan.shards))))
     problems = [
         Problem(rule="source.changed", what=q.reason, field=q.field, shard=q.shard) for q in plan.queue if q.shard in chosen
     ]
     order = keys.ordered(resolved.fields)
-    everything = frozenset(n for f in resolved.fields.values() for n in f.needs)
+    needs = [f.needs for f in resolved.fields.values()]
     for number in chosen:
         shard = plan.shards[number]
-        files: list[tuple[str, int, int]] = []
         samples = [s for c in shard.clips for s in resolved.reader.samples(c.scene)[c.start : c.stop]]
         for sample in samples:
             row = cache.row(sample.token)
-            try:
-                payload = resolved.reader.read(sample, everything)
-            except ImkdError as error:
-                problems.append(Problem(rule="source.changed", what=error.what, shard=number, token=sample.token))
-                continue
-            files += payload.files
+            holes = cache.index["holes"][cache.line(row)].as_py() or ()
+            payloads = Payloads(resolved.reader, sample, needs)
             rows: dict[str, Stored] = {}
             for name in order:
                 one = resolved.fields[name]
                 if not set(one.upstream) <= set(rows):
                     continue  # that field could not be computed, which is said already
                 try:
+                    payload = payloads.of(one.needs)
                     rows[name] = fresh = one.compute(
                         payload, resolved.recipe, plan.suite, {u: rows[u] for u in one.upstream}, {}
                     )
-                except ImkdError as error:
-                    what, file = f"source changed: {error.what}", str(error.details.get("file", ""))
-                    found = Problem(rule="source.changed", what=what, file=file, field=name, shard=number, token=sample.token)
+                except Exception as error:
+                    if name not in holes and not isinstance(error, ImkdError):
+                        raise
+                    problems.append(_failed(error, name in holes, field=name, shard=number, token=sample.token))
+                    continue
+                if name in holes:
+                    what = "source changed: the sample is quarantined in the cache, and its raw files now give a row"
+                    found = Problem(rule="source.changed", what=what, field=name, shard=number, token=sample.token)
                     problems.append(found)
                     continue
-                old = cache.read_parts(name, row) if one.kind == "blob" else cache.read(name, row)
+                try:
+                    old = cache.read_parts(name, row) if one.kind == "blob" else cache.read(name, row)
+                except CacheDamageError as error:
+                    file = str(error.details.get("file", ""))
+                    rule = error.rule or "row.crc32c"
+                    found = Problem(rule=rule, what=error.what, file=file, field=name, shard=number, token=sample.token)
+                    problems.append(found)
+                    continue
                 same = _equal(fresh, old)
                 if not same:
                     problems.append(
@@ -80,6 +95,16 @@ def verify_source(
                         )
                     )
     return problems
+
+
+def _failed(error: Exception, hole: bool, **where: Any) -> Problem:
+    """A row that cannot be computed: as it was at the build where that left a hole, else news."""
+    what, file = str(error), ""
+    if isinstance(error, ImkdError):
+        what, file = error.what, str(error.details.get("file", ""))
+    if hole:
+        return Problem(rule="quarantined", severity="warning", what=what, file=file, **where)
+    return Problem(rule="source.changed", what=f"source changed: {what}", file=file, **where)
 
 
 def _suspects(sample: Sample, payload: Payload, fresh: Stored, old: Stored) -> str:

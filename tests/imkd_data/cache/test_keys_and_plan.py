@@ -176,6 +176,23 @@ def test_a_view_is_added_from_the_cache_alone(toy_root: Path, tmp_path: Path) ->
         np.testing.assert_array_equal(cache.read("toy_view", int(row)), fine.reshape(6, 4, 8, 4).sum((1, 3)))
 
 
+def test_a_hole_of_a_blob_is_a_hole_downstream(tmp_path: Path) -> None:
+    """Also where the blob was built before: a row without parts is a value, a hole is none."""
+    count = lambda p, recipe, suite, up, drops: np.array([len(up["toy_pictures"])], "u1")  # noqa: E731
+    parts = replace(
+        TOY_POSE, name="toy_parts", upstream=("toy_pictures",), dtype=np.dtype("u1"), shape=lambda r, s: (1,), compute=count
+    )
+    root, bad = write_toy(tmp_path / "w", scenes=2), open_toy(tmp_path / "w").samples("toy-000")[2]
+    (root / bad.cameras[0].path).unlink()
+    quarantine: dict[str, Any] = {"on_error": "quarantine", "max_bad": 1}
+    build_toy(root, tmp_path / "once", fields=[TOY_PICTURES, parts], **quarantine)
+    build_toy(root, tmp_path / "twice", fields=[TOY_PICTURES], **quarantine)
+    build_toy(root, tmp_path / "twice", fields=[TOY_PICTURES, parts], update=True, **quarantine)
+    assert stored(tmp_path / "twice") == stored(tmp_path / "once")
+    cache = open_toy_cache(tmp_path / "twice")
+    assert cache.index["holes"][cache.line(cache.row(bad.token))].as_py() == ["toy_parts", "toy_pictures"]
+
+
 def test_scenes_are_added(toy_root: Path, tmp_path: Path) -> None:
     out = tmp_path / "c"
     build_toy(toy_root, out, scenes="toy-001,toy-002")

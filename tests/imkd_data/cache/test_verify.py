@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,15 @@ from toy import TOY_FIELDS, open_toy
 from toy_build import build_toy, open_toy_cache, stored
 
 from imkd_data.cache.verify import RULES, damaged_pairs, verify
-from imkd_data.errors import CacheDamageError, ImkdError, LockedError, MismatchError, SourceMissingError
+from imkd_data.errors import (
+    CacheDamageError,
+    ImkdError,
+    LockedError,
+    MismatchError,
+    SourceMissingError,
+    StorageError,
+    UsageError,
+)
 from pipelines.build.repair import clean_temp, repair
 
 
@@ -34,6 +43,51 @@ def flip(path: Path, bit: int) -> None:
 def test_clean(toy_cache: Path) -> None:
     for level in ("quick", "full", "geometry"):
         assert verify(toy_cache, level=level) == []
+
+
+def test_an_unknown_field_is_refused(toy_cache: Path) -> None:
+    """Else a slip of the pen would read as "no damage found"."""
+    assert verify(toy_cache, level="full", fields=["toy_pose"]) == []
+    with pytest.raises(UsageError, match="unknown fields") as caught:
+        verify(toy_cache, level="full", fields=["toy_pose", "toy_posse"])
+    assert caught.value.details == {"expected": "toy_count, toy_pictures, toy_pose, toy_view", "found": "toy_posse"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "rules"),
+    [
+        ("arrays.zarr/toy_count/c/1", {"data.missing"}),
+        ("arrays.zarr/toy_count", {"array.damaged", "data.missing"}),
+        ("arrays.zarr", {"group.damaged", "array.damaged", "data.missing"}),
+        ("blobs/toy_pictures", {"data.missing"}),
+        ("receipts/toy_pose", {"receipt.missing"}),
+    ],
+)
+def test_a_file_where_a_folder_should_be(toy_root: Path, damaged: Callable[[], Path], folder: str, rules: set[str]) -> None:
+    path = damaged()
+    shutil.rmtree(path / folder)
+    (path / folder).write_bytes(b"x")
+    for level in ("quick", "full"):
+        assert set(errors(path, level)) == rules
+    problems = [p for p in verify(path) if p.rule == "data.missing"]
+    assert all("Not a directory" in p.what for p in problems)
+
+
+def test_a_data_file_that_cannot_be_reached_is_no_damage(damaged: Callable[[], Path]) -> None:
+    path = damaged()
+    (path / "blobs/toy_pictures/00000.tar").unlink()
+    (path / "blobs/toy_pictures/00000.tar").symlink_to("00000.tar")
+    with pytest.raises(StorageError) as caught:
+        verify(path)
+    assert str(caught.value.details["file"]).endswith("00000.tar")
+
+
+@pytest.mark.parametrize(("name", "rule"), [("NOTICE", "notice.damaged"), ("manifest.json", "manifest.damaged")])
+def test_a_folder_where_a_file_should_be(damaged: Callable[[], Path], name: str, rule: str) -> None:
+    path = damaged()
+    (path / name).unlink()
+    (path / name).mkdir()
+    assert rule in errors(path)
 
 
 KINDS = {
