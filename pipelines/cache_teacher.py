@@ -85,6 +85,8 @@ def cache_features(
         raise UsageError("name at least one feature", expected="--features bev_stage1,bev_stage2")
     model, meta = load_model(checkpoint, device)
     network: Any = model
+    if getattr(network.config, "kind", "") == "label":  # training runs it anyway: it reads boxes alone and is cheap
+        raise UsageError("a label encoder's maps are not stored", expected="a LiDAR or LiDAR-camera teacher", file=checkpoint)
     unknown = [f for f in features if f not in network.feature_shapes]
     if unknown:
         raise MissingFeatureError(

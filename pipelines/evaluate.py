@@ -72,18 +72,19 @@ def scored_rows(cache: Cache, split: str | None = None, scenes: Sequence[str] | 
     """Global cache rows to score: ``split`` if given, else val (mini_val), else everything that is not test.
 
     Raises:
-        UsageError: the test split, or no row is left.
+        UsageError: the test split, a split that the cache does not hold, or no row is left.
     """
     present = list(dict.fromkeys(cache.index.column("split").to_pylist()))
     if split is not None:
-        wanted = [s.strip() for s in split.split(",")]
+        wanted = list(dict.fromkeys(s.strip() for s in split.split(",")))
     else:
         wanted = [s for s in present if s in ("val", "mini_val")] or present
     refuse_test(wanted)
+    absent = [s or "''" for s in wanted if s not in present]  # a misspelt one among several must not go unsaid
     parts = [cache.rows(split=s, scenes=scenes) for s in wanted if s in present]
     rows = np.sort(np.concatenate(parts)) if parts else np.zeros(0, dtype=np.int64)
-    if not len(rows):
-        raise UsageError("no rows to score", expected=f"split {', '.join(wanted)}", found=f"splits {', '.join(present)}")
+    if absent or not len(rows):
+        raise UsageError("no rows to score", expected=", ".join(present), found=", ".join(absent or wanted))
     return rows
 
 
@@ -250,6 +251,17 @@ def evaluate_results(
     return summary
 
 
+def check_tree(dataroot: Path, version: str) -> None:
+    """Errors: SourceMissingError where the data root has no tables of this version."""
+    if not (dataroot / version).is_dir():
+        raise SourceMissingError(
+            "the truth is read from the nuScenes tables, which are not there",
+            expected=f"{version}/ under the data root",
+            file=dataroot,
+            next="give --dataroot",
+        )
+
+
 def ego_places(cache: Cache, rows: np.ndarray) -> np.ndarray:
     """(R, 2) the car's place in global per cache row (the reference sensor's key time)."""
     poses = cache.index.column("global_from_ego").to_pylist()
@@ -284,13 +296,7 @@ def evaluate_checkpoint(
 
     opened = open_cache(cache) if isinstance(cache, str | Path) else cache
     rows = scored_rows(opened, split, scenes)
-    if not (Path(dataroot) / opened.recipe.version).is_dir():
-        raise SourceMissingError(
-            "the truth is read from the nuScenes tables, which are not there",
-            expected=f"{opened.recipe.version}/ under the data root",
-            file=dataroot,
-            next="give --dataroot",
-        )
+    check_tree(Path(dataroot), opened.recipe.version)
     model, meta = load_model(checkpoint, device)
     results = predict_cache(model, opened, rows, out, meta=meta, device=device, batch_size=batch_size, progress=progress)
     summary = evaluate_results(

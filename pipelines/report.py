@@ -248,7 +248,7 @@ def _counts(view: SampleView, boxes: Boxes) -> tuple[int, int, int, float]:
     """Found, missed, without truth, mean distance of the found ones; ranges of the official metric are not applied."""
     if view.truth is None:
         return 0, 0, int((boxes.score >= SHOWN_SCORE).sum()), math.nan
-    seen = (np.maximum(view.truth.num_lidar, 0) + np.maximum(view.truth.num_radar, 0) > 0) & (view.truth.label >= 0)
+    seen = view.truth.has_point & (view.truth.label >= 0)
     sure = np.flatnonzero(boxes.score >= SHOWN_SCORE)
     match = match_boxes(view.truth, boxes)
     hit = seen & (match >= 0) & np.isin(match, sure)

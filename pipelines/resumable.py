@@ -11,7 +11,7 @@ from imkd_data.errors import MismatchError
 from imkd_data.recipe import canonical_json
 from pipelines.run import Run
 
-__all__ = ["check_resumable"]
+__all__ = ["check_end", "check_resumable"]
 
 # What may differ between the saved run and the resumed one; everything else is refused.
 FREE = frozenset(
@@ -46,6 +46,18 @@ def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             expected="; ".join(f"{p} {a!r}" for p, a, _ in wrong),
             found="; ".join(f"{p} {b!r}" for p, _, b in wrong),
             next="resume with the saved values (they stand in checkpoint.json), or start anew in another --out",
+        )
+
+
+def check_end(saved_step: int, total: int) -> None:
+    """Steps cannot be taken back: a run by epochs has no max_steps to compare, so its end is compared with what is done.
+    Errors: MismatchError."""
+    if saved_step > total:
+        raise MismatchError(
+            f"the run has come to step {saved_step} already",
+            expected=f"an end at step {saved_step} or later",
+            found=f"an end at step {total}",
+            next="raise max_steps or epochs; an earlier step-*.ckpt of the run is used by its own path",
         )
 
 

@@ -11,6 +11,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from imkd_data.errors import RecipeError, UsageError
@@ -26,6 +27,26 @@ SCHEDULES = ("constant", "step", "cosine", "one_cycle")
 SAMPLINGS = ("uniform", "cbgs")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 TEACHER_PRECISIONS = ("32-true", "run")
+# Whole numbers and the least that each can mean.
+LEAST = {
+    "batch_size": 1,
+    "keep": 1,
+    "log_every": 1,
+    "epochs": 0,
+    "max_steps": 0,
+    "global_batch": 0,
+    "checkpoint_every": 0,
+    "validate_every": 0,
+    "optim.warmup_steps": 0,
+    "loader.workers": 0,
+    "loader.leave_out": 0,
+    "loader.radar_sweeps": 0,
+    "loader.lidar_sweeps": 0,
+    "loader.paste_min_points": 0,
+    "loader.paste_per_class": 0,
+    "loader.paste_off_epochs": 0,
+    "loader.augment.radar_sweeps_kept": 0,
+}
 COUNTED = ("parameters", "modules", "macs", "sample_bytes")  # `imkd runs show` adds them; reading a configuration ignores them
 
 
@@ -91,9 +112,10 @@ class Run:
     as their stored maps were made, or (``run``) in the run's precision: faster, and another target by its rounding.
     start: checkpoint whose tensors a new network takes where name and shape agree; the rest begins as built, optimiser, step
     and average anew. sync_batchnorm: batch statistics over all GPUs. validate_every: steps between validations by the
-    official metric, 0 = never. checkpoint_every: steps, 0 = at the end of every epoch. baseline: checkpoint of the
-    undistilled student, with which teachers are compared, or ``none`` where no comparison is meant. stages: a run of several
-    networks trains them in order; a stage named ``teacher``, ``label`` or ``student`` gives its checkpoint to the later ones.
+    official metric, 0 = never; what is scored is kept as a checkpoint too. checkpoint_every: steps, 0 = at the end of every
+    epoch. baseline: checkpoint of the undistilled student, with which teachers are compared, or ``none`` where no comparison
+    is meant. stages: a run of several networks trains them in order; a stage named ``teacher``, ``label`` or ``student`` gives
+    its checkpoint to the later ones.
     """
 
     name: str
@@ -139,8 +161,10 @@ class Run:
                 found=f"{self.name}, a {self.model.get('kind')} network",
                 next="--set loader.paste=off",
             )
-        if self.batch_size < 1 or self.keep < 1 or self.max_steps < 0 or self.epochs < 0:
-            raise RecipeError("batch_size and keep must be at least 1, max_steps and epochs at least 0", found=self.name)
+        for key, least in LEAST.items():
+            number = attrgetter(key)(self)
+            if not isinstance(number, int) or number < least:
+                raise RecipeError(f"run setting {key}", expected=f"a whole number, at least {least}", found=repr(number))
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form; ``from_dict`` reads it back."""
@@ -187,12 +211,25 @@ class Run:
         return replace(self, method=method, options=self.options if method == self.method else {})
 
     def with_max_steps(self, steps: int) -> Run:
-        """At most ``steps`` optimiser steps; several stages share them in proportion, each at least one."""
+        """At most ``steps`` optimiser steps; several stages share them in proportion to their own steps, or all to their
+        epochs, each at least one. Errors: UsageError where some stages count steps and others epochs."""
         if not self.stages:
             return replace(self, max_steps=steps)
-        total = sum(s.max_steps for s in self.stages)
-        stages = tuple(replace(s, max_steps=min(s.max_steps, max(1, s.max_steps * steps // total))) for s in self.stages)
-        return replace(self, max_steps=min(self.max_steps, steps), stages=stages)
+        by_steps = any(s.max_steps for s in self.stages)
+        parts = [s.max_steps if by_steps else s.epochs for s in self.stages]
+        if not all(parts):
+            ends = ", ".join(f"{s.name} {s.max_steps or s.epochs} {'steps' if s.max_steps else 'epochs'}" for s in self.stages)
+            raise UsageError(
+                f"max_steps cannot be shared by the stages of run {self.name}",
+                expected="every stage ended by max_steps, or every stage by epochs",
+                found=ends,
+                next="--set STAGE.max_steps=N for each stage",
+            )
+        shares = [max(1, part * steps // sum(parts)) for part in parts]
+        stages = tuple(
+            replace(s, max_steps=min(s.max_steps or share, share)) for s, share in zip(self.stages, shares, strict=True)
+        )
+        return replace(self, max_steps=min(self.max_steps or steps, steps), stages=stages)
 
     def with_settings(self, settings: Mapping[str, Any]) -> Run:
         """Apply ``--set`` values. In a run of several stages ``stage.key`` reaches one stage and a plain key every stage

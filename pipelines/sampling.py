@@ -70,9 +70,7 @@ def virtual_rows(cache: Cache, loader: LoaderConfig, seed: int) -> I64:
     has_class = np.zeros((len(rows), len(DETECTION_CLASSES)), dtype=bool)
     for i, row in enumerate(rows.tolist()):
         boxes = cache.decode("boxes", row)
-        seen = np.maximum(boxes.num_lidar, 0) + np.maximum(boxes.num_radar, 0) > 0
-        unknown = (boxes.num_lidar < 0) & (boxes.num_radar < 0)
-        has_class[i, boxes.label[(boxes.label >= 0) & (seen | unknown)]] = True
+        has_class[i, boxes.label[(boxes.label >= 0) & boxes.has_point]] = True
     return balanced(rows, has_class, seed)
 
 
@@ -97,10 +95,11 @@ def saved_rows(rows: I64, out: Path, *, write: bool) -> I64:
     return rows
 
 
-def make_paster(run: Run, cache: Cache, rows: I64, out: Path, epochs: int, *, write: bool) -> Paster:
-    """The bank of objects in ``out``, made at the first start from ``rows`` (each once), and when pasting ends."""
+def make_paster(run: Run, cache: Cache, rows: I64, out: Path, epochs: int, *, write: bool, fresh: bool) -> Paster:
+    """The bank of objects in ``out``, made from ``rows`` (each once), and when pasting ends. fresh: the run begins, so a bank
+    that lies there is of a start that never came to a checkpoint, perhaps with other settings: it is made anew."""
     loader, bank = run.loader, out / BANK_FILE
-    if write and not bank.is_file():
+    if write and (fresh or not bank.is_file()):
         write_bank(
             cache,
             np.unique(rows).tolist(),

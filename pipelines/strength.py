@@ -33,7 +33,8 @@ _SUMMARY, SCORES_FILE = "metrics_summary.json", "scores.json"
 
 def own_scores(checkpoint: Path | str) -> dict[str, Any] | None:
     """mAP, NDS and where they were read: in the checkpoint's own record, in ``scores.json`` beside it (`imkd evaluate` writes
-    it, by the hash of the weights), or in a ``metrics_summary.json`` in or below its run. None where it was never scored."""
+    it, by the hash of the weights), or in a ``metrics_summary.json`` in or below its run that names these weights by their
+    hash. None where it was never scored."""
     loaded = load_checkpoint(checkpoint)
     metrics, imported = loaded.meta.get("metrics") or {}, loaded.meta.get("imported") or {}
     for record, name in ((metrics, "checkpoint"), (imported, "import")):
@@ -49,9 +50,8 @@ def own_scores(checkpoint: Path | str) -> dict[str, Any] | None:
     for path in sorted([*run.glob(_SUMMARY), *run.glob(f"*/{_SUMMARY}")], key=lambda p: p.stat().st_mtime, reverse=True):
         try:
             summary = json.loads(path.read_text(encoding="utf-8"))
-            scored = summary.get("checkpoint") or {}
-            if scored.get("weights_sha256", loaded.meta["weights_sha256"]) != loaded.meta["weights_sha256"]:
-                continue  # the score of another checkpoint of this run
+            if summary["checkpoint"]["weights_sha256"] != loaded.meta["weights_sha256"]:
+                continue  # the score of another checkpoint of this run; one that names none is nobody's
             return {"map": float(summary["mean_ap"]), "nds": float(summary["nd_score"]), "from": str(path)}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue

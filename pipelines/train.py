@@ -27,17 +27,18 @@ from imkd_data.loader.batch import Batch
 from imkd_data.loader.order import key64
 from imkd_data.loader.stream import Stream, held_out_rows, stream
 from imkd_models.checkpoint import load_checkpoint, save_checkpoint
+from pipelines import validate
 from pipelines.guard import StopSignals, agree, elsewhere, interrupted, lost_rank, non_finite_error, total
 from pipelines.machine import Machine, accumulation, loss_scaler, make_fabric
 from pipelines.measure import loader_values
 from pipelines.networks import Networks, Sealed, build_networks, place, use_cached_teachers
 from pipelines.optimise import Ema, lr_factor, make_optimiser, synchronised
-from pipelines.resumable import check_resumable
+from pipelines.resumable import check_end, check_resumable
 from pipelines.run import Run
 from pipelines.sampling import is_listed, make_paster, saved_rows
 from pipelines.strength import sweep_warnings, teacher_records, teacher_warnings
 from pipelines.trainlog import Meter, Tick, TrainLog
-from pipelines.trainmeta import cache_meta, restore, saved_run, stage_teachers, start_warnings, stream_meta
+from pipelines.trainmeta import cache_meta, check_teachers, restore, saved_run, stage_teachers, start_warnings, stream_meta
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
@@ -84,16 +85,19 @@ def train(
             validation lies (``validate_every``).
 
     Raises:
-        UsageError: held-out rows, a folder that holds a run already. MissingFeatureError: cache or teachers lack
-        something. MismatchError: resumed with another configuration or cache. InterruptedBuildError: stopped by a signal.
+        UsageError: held-out rows, a used folder, validation without ``dataroot``. MissingFeatureError: cache or teachers lack
+        something. MismatchError: resumed with another configuration, cache or earlier end. InterruptedBuildError: a signal.
     """
     from imkd_data import open_cache
 
     opened = open_cache(cache) if isinstance(cache, str | Path) else cache
     machine = Machine(devices=devices, accelerator=accelerator, memory_limit=memory_limit)
     root, given, made = Path(out), dict(teachers or {}), dict[str, Path]()
+    if any(one.validate_every for one in run.stages or (run,)):
+        validate.need_truth(dataroot, opened.recipe.version)
     if not run.stages:
         return _Trainer(run, opened, root, given, run.name, resume, progress, machine, dataroot).train()
+    check_teachers(run, given)
     for stage in run.stages:
         folder = root / stage.name
         wanted = stage_teachers(stage, given, made)
@@ -141,7 +145,8 @@ class _Trainer:
         self.total = run.max_steps or run.epochs * self.steps_per_epoch
         if run.loader.paste:
             epochs = -(-self.total // self.steps_per_epoch)
-            self.stream.reader.paste = make_paster(run, cache, self.stream.order.rows, out, epochs, write=self.rank == 0)
+            how = {"write": self.rank == 0, "fresh": self.saved is None}
+            self.stream.reader.paste = make_paster(run, cache, self.stream.order.rows, out, epochs, **how)
             self.fabric.barrier()
         self.teacher_records = teacher_records(teachers)
         self.warnings = [
@@ -224,6 +229,8 @@ class _Trainer:
         first = 0
         if self.saved is not None:
             check_resumable(self.saved.meta["run"], self._config())
+            check_end(self.saved.step, self.total)
+            self.losses = dict(self.saved.meta.get("metrics", {}).get("losses", {}))
             first = restore(self.saved, plain, raw_optimiser, ema, self.stream, loss_scaler(self.fabric))
         return unit, optimiser, ema, first
 
@@ -336,7 +343,7 @@ class _Trainer:
 
     def _due(self, step: int) -> bool:
         every = self.run.checkpoint_every or self.steps_per_epoch
-        return step % every == 0 or step == self.total
+        return step % every == 0 or step == self.total or validate.due(self.run, step)
 
     def _config(self) -> dict[str, Any]:
         return {**self.run.as_dict(), "global_batch": self.global_batch, "teachers": dict(self.networks.teacher_sha256)}
@@ -384,17 +391,15 @@ class _Trainer:
 
     def _validated(self, step: int, ema: Ema | None) -> float | None:
         """NDS of the copy that is deployed, by the fast engine, every ``validate_every`` steps."""
-        if not self.run.validate_every or step % self.run.validate_every:
+        if not validate.due(self.run, step):
             return None
-        from pipelines.validate import score_network
-
-        return score_network(
+        return validate.score_network(
             self.networks.model,
             None if ema is None else ema.shadow,
             self.cache,
             self.dataroot,
             self.out / "validation",
-            meta={"run": self._config()},
+            meta={"run": self._config(), "step": step},
             device=self.fabric.device,
         )
 

@@ -71,8 +71,7 @@ class TrainLog:
     def __init__(self, out: Path, *, resumed_step: int, tensorboard: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "log.jsonl"
-        if self.path.exists():
-            self._cut(resumed_step)
+        self.warned = self._cut(resumed_step) if self.path.exists() else set()
         self.file = self.path.open("a", encoding="utf-8")
         self.writer: Any = None
         if tensorboard:
@@ -80,27 +79,33 @@ class TrainLog:
 
             self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=resumed_step + 1)
 
-    def _cut(self, step: int) -> None:
-        kept = []
+    def _cut(self, step: int) -> set[str]:
+        """Drop what came after ``step``; returns the warnings in the file, so that no step reads it again."""
+        kept, warned = [], set[str]()
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 value = json.loads(line)
-                if "warning" in value or value["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError):  # torn by a kill
+                if "warning" in value:
+                    warned.add(value["warning"])
+                elif value["step"] > step:
+                    continue
+                kept.append(line)
+            except (ValueError, KeyError, TypeError):  # torn by a kill
                 continue
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(partial, self.path)
+        return warned
 
     def warn(self, lines: list[str]) -> None:
         """Warnings of the run: on stderr, and as lines of ``log.jsonl`` without a step (once, also over resumes)."""
-        have = {json.loads(line).get("warning") for line in self.path.read_text(encoding="utf-8").splitlines() if line}
         for line in lines:
             print(f"warning: {line}", file=sys.stderr)
-            if line not in have:
+            if line not in self.warned:
                 self.file.write(json.dumps({"warning": line}) + "\n")
-        self.file.flush()
+                self.warned.add(line)
+        if lines:
+            self.file.flush()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One object; floats keep every digit. A dict of values is a group of curves in TensorBoard."""

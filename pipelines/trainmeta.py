@@ -18,7 +18,7 @@ from pipelines.run import Run
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
 
-__all__ = ["cache_meta", "restore", "saved_run", "stage_teachers", "start_warnings", "stream_meta"]
+__all__ = ["cache_meta", "check_teachers", "restore", "saved_run", "stage_teachers", "start_warnings", "stream_meta"]
 
 # Stage name -> the teacher name under which later stages use it.
 _TEACHER_OF_STAGE = {"teacher": "lidar", "label": "label", "fusion": "fusion"}
@@ -28,16 +28,29 @@ def stage_teachers(stage: Run, given: Mapping[str, Path | str], made: Mapping[st
     """Teachers of one stage: those given, else those that earlier stages made; only what the stage uses."""
     have: dict[str, Path | str] = {_TEACHER_OF_STAGE[n]: p for n, p in made.items() if n in _TEACHER_OF_STAGE}
     have.update(given)
-    if stage.model.get("kind") == "label":
-        names: tuple[str, ...] = ("lidar",)
-    elif stage.method:
-        from imkd_models.distill import make_method
+    return {n: have[n] for n in _taken(stage) if n in have}
 
-        method = make_method(stage.method)
-        names = method.teachers_for(method.make_options(stage.options))
-    else:
-        names = ()
-    return {n: have[n] for n in names if n in have}
+
+def check_teachers(run: Run, given: Mapping[str, Path | str]) -> None:
+    """Errors: UsageError for a teacher that no stage takes: a misspelt one would be left out, and another trained instead."""
+    taken = list(dict.fromkeys(name for stage in run.stages for name in _taken(stage)))
+    if unused := [n for n in given if n not in taken]:
+        raise UsageError(
+            f"no stage of run {run.name} uses teacher {', '.join(unused)}",
+            expected=", ".join(taken) or "no teacher",
+            found=", ".join(given),
+        )
+
+
+def _taken(stage: Run) -> tuple[str, ...]:
+    if stage.model.get("kind") == "label":
+        return ("lidar",)
+    if not stage.method:
+        return ()
+    from imkd_models.distill import make_method
+
+    method = make_method(stage.method)
+    return method.teachers_for(method.make_options(stage.options))
 
 
 def cache_meta(cache: Cache, stream: Stream) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 
 from imkd_data import open_cache
 from imkd_data.classes import CLASS_RANGE_M, DETECTION_CLASSES
-from imkd_data.errors import CacheDamageError, SourceMissingError
+from imkd_data.errors import CacheDamageError, SourceMissingError, UsageError
 from imkd_data.geometry import GLOBAL, Pose
 from imkd_data.sample import Boxes
 from pipelines.build import build
@@ -81,7 +81,11 @@ def test_val_rows_are_the_default(world) -> None:
     rows = scored_rows(cache)
     splits = {cache.index["split"][cache.line(int(r))].as_py() for r in rows}
     assert splits == {"mini_val"} and len(rows) == 5
-    assert len(scored_rows(cache, "mini_train,mini_val")) == 15
+    assert len(scored_rows(cache, "mini_train,mini_val")) == len(scored_rows(cache, "mini_train, mini_val,mini_val")) == 15
+    for wrong, name in (("mini_val,mini_vall", "mini_vall"), ("val,mini_val", "val"), ("mini_val,", "''")):
+        with pytest.raises(UsageError, match="no rows to score") as error:
+            scored_rows(cache, wrong)
+        assert error.value.details["found"] == name and error.value.details["expected"] == "mini_train, mini_val"
 
 
 def test_detail_says_what_happened_to_every_box(world, tmp_path: Path) -> None:

@@ -25,9 +25,11 @@ from imkd_data.errors import (
 )
 from imkd_data.loader.batch import Batch
 from imkd_data.loader.stream import stream
-from imkd_models.checkpoint import load_checkpoint, load_model
+from imkd_models.camera import build_backbone
+from imkd_models.checkpoint import load_checkpoint, load_model, save_checkpoint
 from imkd_models.distill import METHODS
 from imkd_models.distill.base import FrozenTeacher
+from imkd_models.keymap import public_key, resnet_rules
 from pipelines.bench_probe import probe_terms
 from pipelines.networks import build_networks, stream_values
 from pipelines.run import LoaderConfig, OptimConfig, Run
@@ -134,6 +136,18 @@ def test_every_other_difference_is_refused_and_shown(cache: Any, whole: Path) ->
     assert "seed" in str(error.value) and "optim.lr" in str(error.value) and "0.002" in str(error.value)
     with pytest.raises(MismatchError, match="max_steps"):
         train(toy_run(max_steps=4), cache, whole, resume=True, accelerator="cpu")
+
+
+def test_a_resume_never_goes_back(cache: Any, tmp_path: Path) -> None:
+    """A run by epochs has no max_steps to compare with, so the steps themselves are; a finished one tells its last losses."""
+    run, out = toy_run(max_steps=0, epochs=1), tmp_path / "run"
+    done = train(run, cache, out, accelerator="cpu")
+    with pytest.raises(MismatchError, match="step 5") as error:
+        train(run.with_values(max_steps=1), cache, out, resume=True, accelerator="cpu")
+    assert error.value.details["found"] == "an end at step 1"
+    assert os.readlink(out / "last.ckpt") == "step-00000005.ckpt" and not (out / "step-00000001.ckpt").exists()
+    again = train(run, cache, out, resume=True, accelerator="cpu")
+    assert done.step == again.step == 5 and done.losses and again.losses == done.losses
 
 
 def test_resume_on_another_cache_is_refused(root: Path, whole: Path) -> None:
@@ -290,6 +304,31 @@ def test_what_a_method_saw_is_logged_and_probed_as_it_trained(
     assert batch.lidar is not None and not batch.lidar.age_s.any()  # the key sweep alone; the cache has two
 
 
+def test_the_probe_begins_where_the_training_did(
+    cache: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Image weights are part of the start; a run without any looks for none."""
+    source = build_backbone("resnet_tiny", None)
+    state = {public_key(resnet_rules("", ""), f".{k}")[0][1:]: v for k, v in source.state_dict().items()}
+    torch.save(state, tmp_path / "resnet.pth")
+    plain = toy_run("student", method="dual_distill")
+    run = plain.with_values(model={**plain.model, "backbone_weights": str(tmp_path / "resnet.pth")})
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def look(networks: Any, batch: Any) -> dict[str, Any]:
+        seen.append({k: v.clone() for k, v in networks.model.state_dict().items()})
+        return {}
+
+    monkeypatch.setattr("pipelines.bench_probe._shares", look)
+    monkeypatch.setattr("transformers.AutoBackbone.from_pretrained", None)  # a download would fail
+    for each in (plain, run):
+        networks = build_networks(each, {"lidar": whole})
+        save_checkpoint(tmp_path / "end", 1, networks.model, networks.distiller, meta={})
+        seen.clear()
+        probe_terms(each, cache, tmp_path / "end", {"lidar": whole})
+        assert all(torch.equal(v, seen[0][k]) for k, v in networks.model.state_dict().items())
+
+
 def test_a_run_starts_from_a_trained_network(
     cache: Any, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -343,6 +382,14 @@ def test_stages_in_one_run(cache: Any, tmp_path: Path) -> None:
         assert load_checkpoint(tmp_path / name / "last.ckpt").step == 2
     again = train(run, cache, tmp_path, resume=True, accelerator="cpu")
     assert again.step == 2
+
+
+def test_a_teacher_that_no_stage_takes_is_refused(cache: Any, whole: Path, tmp_path: Path) -> None:
+    stages = (toy_run(name="teacher"), toy_run("student", name="student", method="imkd"))
+    run = toy_run(name="both", stages=stages, model={})
+    with pytest.raises(UsageError, match="lidr") as error:
+        train(run, cache, tmp_path / "run", {"lidr": whole, "label": whole}, accelerator="cpu")
+    assert error.value.details["expected"] == "lidar, label" and not (tmp_path / "run").exists()
 
 
 def test_teachers_are_untouched(cache: Any, whole: Path, tmp_path: Path) -> None:

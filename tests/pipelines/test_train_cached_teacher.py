@@ -16,7 +16,7 @@ from toy_training import toy_run
 from imkd_data import open_cache
 from imkd_data.cache import extend
 from imkd_data.cache.verify import verify
-from imkd_data.errors import MismatchError, MissingFeatureError
+from imkd_data.errors import MismatchError, MissingFeatureError, UsageError
 from imkd_data.loader.augment import IDENTITY
 from imkd_data.loader.stream import stream
 from imkd_models.checkpoint import load_model
@@ -146,5 +146,28 @@ def test_augmentation_and_missing_maps_are_refused(world: Path, stored: tuple[st
     still = toy_run("student", method="imkd", loader=LoaderConfig(workers=0, augment=IDENTITY, cached_teachers=True))
     with pytest.raises(MissingFeatureError, match="imkd cache-teacher"):
         train(still, open_cache(world / "plain"), tmp_path / "b", teachers, accelerator="cpu")
+    with pytest.raises(UsageError, match="label encoder"):  # its maps depend on the boxes, and training never reads them
+        cache_features(world / "label", world / "plain", ("bev_stage1",))
     with pytest.raises(MissingFeatureError, match="bev_stage9"):
         cache_features(world / "lidar", world / "cache", ("bev_stage9",))
+
+
+def test_a_stopped_run_continues_after_maps_of_another_teacher_were_stored(
+    world: Path, stored: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Another field makes another cache id; what this run reads is the same."""
+    shutil.copytree(world / "cache", tmp_path / "cache")
+    teachers = {"lidar": world / "lidar", "label": world / "label"}
+    still = LoaderConfig(workers=0, augment=IDENTITY, cached_teachers=True)
+    run = toy_run("student", method="imkd", max_steps=1, loader=still)
+    train(run, open_cache(tmp_path / "cache"), tmp_path / "run", teachers, accelerator="cpu")
+    train(toy_run(max_steps=1, seed=5), open_cache(world / "plain"), tmp_path / "other", accelerator="cpu")
+    before = open_cache(tmp_path / "cache").id
+    cache_features(tmp_path / "other", tmp_path / "cache", ("bev_neck",))
+    more = open_cache(tmp_path / "cache")
+    assert more.id != before
+    longer = run.with_values(max_steps=2)
+    assert train(longer, more, tmp_path / "run", teachers, resume=True, accelerator="cpu").step == 2
+    with pytest.raises(MismatchError, match="other data"):  # the same rows, but other bytes of a field that it reads
+        more.manifest["fields"]["boxes"]["shards"][0][1] = "0" * 64
+        train(longer.with_values(max_steps=3), more, tmp_path / "run", teachers, resume=True, accelerator="cpu")

@@ -13,6 +13,7 @@ import torch
 from toy_training import toy_cache, toy_run
 
 from imkd_data.errors import MismatchError, RecipeError
+from imkd_data.loader.paste import write_bank
 from imkd_models.checkpoint import load_checkpoint
 from pipelines.optimise import Ema, lr_factor
 from pipelines.report import make_report
@@ -92,6 +93,27 @@ def test_a_lidar_run_pastes_until_its_last_epochs_and_resumes_exactly(cache: Any
         train(run, cache, tmp_path / "c", resume=True, accelerator="cpu")
 
 
+def test_a_bank_of_an_earlier_start_is_not_taken_over(cache: Any, tmp_path: Path) -> None:
+    """A run killed before its first checkpoint leaves a bank; the next start may have another seed or another rule."""
+
+    def bank(folder: str) -> dict[str, Any]:
+        with np.load(tmp_path / folder / "paste_bank.npz") as file:
+            return {name: file[name] for name in file.files}
+
+    run = toy_run(loader=LoaderConfig(workers=0, paste=True, paste_min_points=1, paste_off_epochs=0), max_steps=1)
+    rows = virtual_rows(cache, run.loader, run.seed)
+    write_bank(cache, rows.tolist(), tmp_path / "run" / "paste_bank.npz", min_points=1, per_class=1)
+    left = bank("run")
+    straight = train(run, cache, tmp_path / "straight", accelerator="cpu").checkpoint
+    mended = train(run, cache, tmp_path / "run", accelerator="cpu").checkpoint
+    assert len(left["boxes"]) < len(bank("straight")["boxes"])
+    assert all(np.array_equal(v, bank("run")[k]) for k, v in bank("straight").items())
+    assert load_checkpoint(mended).files == load_checkpoint(straight).files
+    whole = (tmp_path / "run" / "paste_bank.npz").stat().st_mtime_ns  # a resumed run goes on with the bank it has
+    train(run.with_values(max_steps=2), cache, tmp_path / "run", resume=True, accelerator="cpu")
+    assert (tmp_path / "run" / "paste_bank.npz").stat().st_mtime_ns == whole
+
+
 def test_pasting_is_for_lidar_networks_only() -> None:
     with pytest.raises(RecipeError, match="no image and no radar return"):
         toy_run("student", loader=LoaderConfig(paste=True))
@@ -156,7 +178,9 @@ def test_the_average_is_what_its_definition_says_and_what_is_deployed(cache: Any
 
 def scored(folder: Path, value: float) -> None:
     (folder / "eval").mkdir(exist_ok=True)
-    (folder / "eval" / "metrics_summary.json").write_text(json.dumps({"mean_ap": value, "nd_score": value + 0.1}))
+    weights = {"weights_sha256": load_checkpoint(folder).meta["weights_sha256"]}
+    summary = {"mean_ap": value, "nd_score": value + 0.1, "checkpoint": weights}
+    (folder / "eval" / "metrics_summary.json").write_text(json.dumps(summary))
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +240,9 @@ def test_what_a_teacher_is_compared_with(teacher: Path) -> None:
     (line,) = teacher_warnings(run, {"lidar": teacher}, model_name="tiny")
     assert "no known baseline" in line
     assert teacher_warnings(run, {"lidar": teacher}, baseline="none", model_name="tiny") == []  # none is meant
+    for nobody in ({}, {"checkpoint": {}}, {"checkpoint": {"weights_sha256": "0" * 64}}):  # of weights that are not named
+        (teacher / "eval" / "metrics_summary.json").write_text(json.dumps({"mean_ap": 0.9, "nd_score": 0.9, **nobody}))
+        assert own_scores(teacher) is None
     (teacher / "eval" / "metrics_summary.json").unlink()
 
 

@@ -71,6 +71,32 @@ def test_a_resumed_log_keeps_warnings_and_drops_later_steps(tmp_path: Path) -> N
     assert [line.get("step", line.get("warning")) for line in lines] == [1, "sample a is skipped", "sample b is skipped"]
 
 
+def test_the_log_is_not_read_in_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It grows to many thousand lines: reading it took longer than a step. Once, at the start of a resumed run, is enough."""
+    cache: Any = Holed(tmp_path / "world", grid=GRID)
+    run = toy_run(max_steps=2, loader=LoaderConfig(workers=0, on_bad_sample="skip"))
+    read: list[Path] = []
+    real = Path.read_text
+
+    def reading(self: Path, *a: Any, **k: Any) -> str:
+        read.append(self)
+        return real(self, *a, **k)
+
+    monkeypatch.setattr(Path, "read_text", reading)
+    log = tmp_path / "run" / "log.jsonl"
+    train(run, cache, tmp_path / "run", accelerator="cpu")
+    assert read.count(log) == 0
+    train(run.with_values(max_steps=6), cache, tmp_path / "run", resume=True, accelerator="cpu")
+    assert read.count(log) == 1
+    told = [w for line in real(log).splitlines() if (w := json.loads(line).get("warning"))]
+    assert len(told) == len(set(told)) > 0
+    again = TrainLog(tmp_path / "run", resumed_step=6, tensorboard=False)
+    again.warn([*told, "new", "new"])
+    again.close()
+    assert [json.loads(line).get("warning") for line in real(log).splitlines()].count("new") == 1
+    assert sum(told[0] in line for line in real(log).splitlines()) == 1
+
+
 def test_another_ranks_trouble_stops_this_one_before_its_forward_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses sum their counts over ranks: a rank without a batch must not leave the others waiting there."""
     ran: list[int] = []

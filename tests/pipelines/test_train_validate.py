@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 import torch
 from disk_cache import disk_cache
+from toy_training import toy_cache, toy_run
 
 from imkd_data import open_cache
-from imkd_data.errors import CacheDamageError, NoProgressError, StorageError, UsageError
+from imkd_data.errors import CacheDamageError, NoProgressError, SourceMissingError, StorageError, UsageError
 from imkd_data.loader.stream import stream
 from imkd_models.checkpoint import load_checkpoint
 from pipelines.counting import _TABLE, count_cost, macs_key, resolved_config
 from pipelines.run import OptimConfig
 from pipelines.runs import RUNS, get_run
+from pipelines.strength import own_scores
 from pipelines.train import train
 
 
@@ -34,10 +36,46 @@ def test_the_best_checkpoint_is_kept_and_training_is_not_disturbed(line: Any, tm
     scored = train(run.with_values(validate_every=1), line.cache, tmp_path / "scored", dataroot=line.tree, accelerator="cpu")
     best = load_checkpoint(tmp_path / "scored" / "best.ckpt")
     assert 0.0 <= best.meta["metrics"]["score"] <= 1.0 and best.step in (1, 2)
-    assert (tmp_path / "scored" / "validation" / "metrics_summary.json").is_file()
+    summary = tmp_path / "scored" / "validation" / "metrics_summary.json"
+    known = json.loads(summary.read_text())
+    assert known["checkpoint"]["weights_sha256"] == load_checkpoint(scored.checkpoint).meta["weights_sha256"]
+    assert known["checkpoint"]["step"] == 2
+    found = own_scores(scored.checkpoint)
+    assert found is not None and found["from"] == str(summary) and found["nds"] == known["nd_score"]
+    assert own_scores(tmp_path / "scored" / "step-00000001.ckpt" if best.step == 1 else plain.checkpoint.parent) is None
     assert load_checkpoint(plain.checkpoint).files == load_checkpoint(scored.checkpoint).files
-    with pytest.raises(UsageError, match="--dataroot"):
-        train(run.with_values(validate_every=1), line.cache, tmp_path / "no_truth", accelerator="cpu")
+
+
+def test_every_validation_takes_place_and_is_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At steps 2 and 4 of 5, though checkpoints are due at the end alone; ``best.ckpt`` outlives ``keep``."""
+    torch.set_num_threads(1)
+    cache, scores = toy_cache(tmp_path / "world"), iter((0.5, 0.25))
+    (tmp_path / "tree" / cache.recipe.version).mkdir(parents=True)
+    steps: list[int] = []
+
+    def score(*_: Any, meta: Any, **__: Any) -> float:
+        steps.append(meta["step"])
+        return next(scores)
+
+    monkeypatch.setattr("pipelines.validate.score_network", score)
+    run = toy_run(max_steps=5, checkpoint_every=5, validate_every=2, keep=1)
+    out = tmp_path / "run"
+    train(run, cache, out, accelerator="cpu", dataroot=tmp_path / "tree")
+    assert steps == [2, 4] and load_checkpoint(out / "best.ckpt").meta["metrics"]["score"] == 0.5
+    assert sorted(p.name for p in out.glob("step-*")) == ["step-00000002.ckpt", "step-00000005.ckpt"]
+
+
+def test_validation_without_its_truth_is_refused_before_training(tmp_path: Path) -> None:
+    """Not at the first validation, and no stage is trained before the one that validates is reached."""
+    cache = toy_cache(tmp_path / "world")
+    run = toy_run(max_steps=3, checkpoint_every=3, validate_every=2)
+    plain = toy_run(name="teacher", max_steps=3)
+    for each in (run, toy_run(name="both", model={}, stages=(plain, run))):
+        with pytest.raises(UsageError, match="--dataroot"):
+            train(each, cache, tmp_path / "run", accelerator="cpu")
+    with pytest.raises(SourceMissingError, match=cache.recipe.version):
+        train(run, cache, tmp_path / "run", accelerator="cpu", dataroot=tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dead_worker_is_an_error_with_tokens_and_advice(tmp_path: Path) -> None:
