@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import common, recipe_from_options, recipe_options, size_bytes
+from cli.options import COUNT, FiniteRange, common, recipe_from_options, recipe_options, size_bytes
 from cli.screen import Screen, bytes_text, seconds_text
 
 if TYPE_CHECKING:
@@ -30,14 +30,21 @@ def _show_request(screen: Screen, request: dict[str, Any]) -> None:
 
 @click.command()
 @recipe_options
-@click.option("--probe", type=int, default=3, show_default=True, metavar="N", help="Time N samples on this machine; 0: none.")
+@click.option(
+    "--probe",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Time N samples on this machine; 0: none.",
+)
 @click.option("--explain", is_flag=True, help="List every queued field and shard with its reason.")
 @click.option(
     "--diff", "diff", type=click.Path(exists=True, path_type=Path), help="Show how the recipe differs from this cache's."
 )
 @click.option("--hash-inputs", is_flag=True, help="Read all raw files of built shards and compare their content.")
 @click.option("--update", is_flag=True, help="Plan a change of an existing cache.")
-@click.option("--workers", type=int, help="Workers to assume for the time.  [default: cores]")
+@click.option("--workers", type=COUNT, help="Workers to assume for the time.  [default: cores]")
 @common
 def plan(
     screen: Screen,
@@ -114,19 +121,31 @@ def plan(
 
 @click.command()
 @recipe_options
-@click.option("--workers", type=int, help="Worker processes.  [default: cores]")
+@click.option("--workers", type=COUNT, help="Worker processes.  [default: cores]")
 @click.option(
     "--executor", default="dask", show_default=True, metavar="KIND", help="sync, threads, processes, dask or tcp://HOST:PORT."
 )
 @click.option("--memory", default="2GB", show_default=True, metavar="SIZE", help="Limit per worker process.")
 @click.option("--on-error", type=click.Choice(["fail", "quarantine"]), default="fail", show_default=True, help="Bad samples.")
-@click.option("--max-bad", type=int, default=0, show_default=True, help="Quarantined samples that still count as success.")
+@click.option(
+    "--max-bad",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Quarantined samples that still count as success.",
+)
 @click.option(
     "--on-overflow", type=click.Choice(["stop", "drop-far"]), default="stop", show_default=True, help="Too many depth points."
 )
 @click.option("--update", is_flag=True, help="Change an existing cache: rebuild what depends on the change, add the rest.")
 @click.option("--no-fsync", is_flag=True, help="Faster on scratch disks; not safe against power loss.")
-@click.option("--stall-minutes", type=float, default=30.0, show_default=True, help="Give up when no shard ends in this time.")
+@click.option(
+    "--stall-minutes",
+    type=FiniteRange(min=0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Give up when no shard ends in this time.",
+)
 @click.option("--break-lock", is_flag=True, help="Take over the lock of a build that is surely gone.")
 @click.option("--strict", is_flag=True, help="Odd but legal raw files are errors.")
 @common

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from cli.options import common, dataroot_default, names_from_text
+from cli.options import COUNT, common, dataroot_default, names_from_text
 from cli.screen import Screen, seconds_text
 
 if TYPE_CHECKING:
@@ -24,6 +25,48 @@ def _cache_path(cache: Path | None, out: Path | None) -> Path:
     if cache is None and out is None:
         raise click.UsageError("a cache folder is needed")
     return (cache or out or Path()).expanduser()
+
+
+def _shard_numbers(path: Path, text: str | None) -> list[int] | None:
+    """``1,2`` -> numbers of shards that the cache has; None stays None."""
+    from imkd_data.cache.layout import shards_from_json
+    from imkd_data.cache.plan import stored_group
+    from imkd_data.errors import ImkdError, UsageError
+
+    if text is None:
+        return None
+    names = names_from_text(text) or []
+    if not names or not all(re.fullmatch(r"-?\d+", name) for name in names):
+        raise UsageError("--shards is a list of numbers", expected="--shards 1,2", found=repr(text))
+    numbers = [int(name) for name in names]
+    try:
+        group = stored_group(path)
+        known = {shard.number for shard in shards_from_json(group["shards"])} if group else set(numbers)
+    except ImkdError:  # damage, and repair says so; which shards there are is not known then
+        known = set(numbers)
+    if strange := sorted(set(numbers) - known):
+        there = f"0..{max(known)}" if known else "none"
+        raise UsageError("no such shard in this cache", expected=there, found=", ".join(map(str, strange)), file=str(path))
+    return numbers
+
+
+def _field_names(path: Path, text: str | None) -> list[str] | None:
+    """``A,B`` -> fields of the cache; None stays None."""
+    from imkd_data.cache.plan import stored_recipe
+    from imkd_data.errors import ImkdError, UsageError
+
+    if text is None:
+        return None
+    names = names_from_text(text) or []
+    if not names:
+        raise UsageError("--fields is a list of names", expected="--fields boxes,images", found=repr(text))
+    try:
+        recipe = stored_recipe(path)
+    except ImkdError:  # damage: repair says what it can do without the recipe
+        recipe = None
+    if recipe is not None and (strange := [n for n in names if n not in recipe.fields]):
+        raise UsageError("unknown fields", expected=", ".join(recipe.fields), found=", ".join(strange))
+    return names
 
 
 def _list(screen: Screen, problems: Sequence[Problem]) -> None:
@@ -44,7 +87,13 @@ def _list(screen: Screen, problems: Sequence[Problem]) -> None:
 @click.option("--quick", "level", flag_value="quick", default="quick", help="Sizes, receipts, indexes (default).")
 @click.option("--full", "level", flag_value="full", help="Every stored byte.")
 @click.option("--geometry", "level", flag_value="geometry", help="Every stored byte, and do the numbers make sense.")
-@click.option("--source", type=int, default=0, metavar="N", help="Compute N random shards again from the raw data.")
+@click.option(
+    "--source",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Compute N random shards again from the raw data.",
+)
 @click.option("--dataroot", type=CACHE, help="Raw data, for --source.")
 @click.option("--sample", default="100%", show_default=True, metavar="SHARE", help="Share of shards and rows to look into.")
 @click.option("--fields", metavar="A,B", help="Only these fields.")
@@ -137,7 +186,7 @@ def _rules(screen: Screen) -> None:
 @click.option("--quick", is_flag=True, help="Trust stored bytes; look at sizes and receipts only.")
 @click.option("--clean-temp", is_flag=True, help="Remove temp files of dead builds, then stop.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done.")
-@click.option("--workers", type=int, default=1, show_default=True, help="Worker processes.")
+@click.option("--workers", type=COUNT, default=1, show_default=True, help="Worker processes.")
 @click.option("--on-error", type=click.Choice(["fail", "quarantine"]), default="fail", show_default=True, help="Bad samples.")
 @common
 def repair(
@@ -172,8 +221,8 @@ def repair(
     result = module.repair(
         path,
         dataroot=dataroot_default(dataroot),
-        only_fields=names_from_text(fields),
-        only_shards=[int(s) for s in names_from_text(shards) or ()] or None,
+        only_fields=_field_names(path, fields),
+        only_shards=_shard_numbers(path, shards),
         level="quick" if quick else "full",
         dry_run=dry_run,
         executor="sync" if workers == 1 else "processes",
@@ -203,8 +252,10 @@ def doctor(screen: Screen, dataroot: Path | None, version: str | None, hashes: P
     Examples:
       imkd-data doctor
       imkd-data doctor --dataroot D --hash caches/nuscenes-trainval
+
+    The exit code is that of the first error; of a warning with --strict: 3.
     """
-    from imkd_data.errors import InputDataError, SourceMissingError
+    from imkd_data import errors
     from pipelines.doctor import examine
 
     findings = examine(dataroot_default(dataroot), version, hashes)
@@ -214,7 +265,14 @@ def doctor(screen: Screen, dataroot: Path | None, version: str | None, hashes: P
         screen.emit("finding", name=f.name, severity=f.severity, text=f.text, code=f.code)
     bad = [f for f in findings if f.severity == "error" or (strict and f.severity == "warning")]
     if bad:
-        kind: Any = SourceMissingError if bad[0].code == 8 else InputDataError
+        kinds: tuple[type[errors.ImkdError], ...] = (
+            errors.UsageError,
+            errors.CacheDamageError,
+            errors.StorageError,
+            errors.SourceMissingError,
+            errors.MismatchError,
+        )
+        kind = {k.code: k for k in kinds}.get(bad[0].code, errors.InputDataError)
         raise kind(bad[0].text, rule=f"doctor.{bad[0].name}", next=bad[0].advice or None)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cli.options import common
+from cli.options import COUNT, SECONDS, common
 from cli.screen import Screen, bytes_text
 
 __all__ = ["COMMANDS"]
@@ -46,6 +46,7 @@ def inspect(
       imkd-data inspect C --sample ca9a282c9e77460f8360f564131a8af5 --open sample.png
     """
     from imkd_data.cache.store import open_cache
+    from imkd_data.errors import UsageError
     from pipelines import inspect as module
 
     opened = open_cache(cache)
@@ -53,6 +54,8 @@ def inspect(
     for name, value in module.summary(opened, rows).items():
         screen.out(f"{name:<12} {value}")
         screen.emit("summary", name=name, value=value)
+    if not len(rows) and (stats or (picture is not None and not token)):
+        raise UsageError("no sample matches", found=select or "an empty cache", next="imkd-data inspect CACHE --select ...")
     if compare is not None:
         lines = module.compare(opened, open_cache(compare))
         for line in lines:
@@ -161,8 +164,8 @@ def export(
     metavar="A,B",
     help="Also mosaicml, litdata, where they are installed.",
 )
-@click.option("--seconds", type=float, default=2.0, show_default=True, help="Per measurement.")
-@click.option("--workers", type=int, default=1, show_default=True, help="Reader threads.")
+@click.option("--seconds", type=SECONDS, default=2.0, show_default=True, help="Per measurement.")
+@click.option("--workers", type=COUNT, default=1, show_default=True, help="Reader threads.")
 @common
 def bench(screen: Screen, cache: Path, against: str, seconds: float, workers: int) -> None:
     """Reading rates on this machine, one library after the other on the same rows.
@@ -190,7 +193,7 @@ def bench(screen: Screen, cache: Path, against: str, seconds: float, workers: in
 @click.option("--materials", default="class", show_default=True, help="class or independent: what decides reflectivity.")
 @click.option("--camera-sweeps", is_flag=True, help="Also images between keyframes.")
 @click.option("--val-share", type=float, help="Share of val scenes.")
-@click.option("--workers", type=int, default=1, show_default=True)
+@click.option("--workers", type=COUNT, default=1, show_default=True)
 @click.option("--fault", metavar="F07", help="Damage the finished tree in a named way.")
 @common
 def synth(screen: Screen, out: Path, fault: str | None, image_size: str, scenes: int, **options: Any) -> None:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ def run_group(group: click.Command, name: str, argv: Sequence[str] | None = None
     except click.UsageError as error:
         return _usage(error, name, as_json)
     except (click.Abort, KeyboardInterrupt):
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
+        return _interrupted()
     except InterruptedBuildError as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is over; a second Ctrl-C must not spoil the message
         _show(error, as_json, error.exit_code)
@@ -66,11 +66,44 @@ def run_group(group: click.Command, name: str, argv: Sequence[str] | None = None
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno is None:  # a library's word for a file that it does not understand
+            return _bug(error, name, as_json)
+        named = _storage(error)
+        _show(named, as_json, named.code)
+        return named.code
     except MemoryError:
         print("error: out of memory\n  next      use fewer --workers", file=sys.stderr)
         return 5
     except Exception as error:
+        if isinstance(error, SystemError) and _by_ctrl_c(error):
+            return _interrupted()
         return _bug(error, name, as_json)
+
+
+def _interrupted() -> int:
+    print("interrupted; the same command continues", file=sys.stderr)
+    return 130
+
+
+def _storage(error: OSError) -> ImkdError:
+    """What the operating system refused, and for which file (of a rename: its target)."""
+    from imkd_data.cache.commit import storage_error
+
+    name = error.filename2 or error.filename
+    named = storage_error(error, Path(os.fsdecode(name)) if isinstance(name, str | bytes) else Path())
+    if not isinstance(name, str | bytes):
+        del named.details["file"]
+    return named
+
+
+def _by_ctrl_c(error: BaseException | None) -> bool:
+    """Whether a KeyboardInterrupt lies below: a compiled kernel hands it on as a SystemError."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _usage(error: click.UsageError, name: str, as_json: bool) -> int:

@@ -88,7 +88,9 @@ def resolve_run(
         run = get_run(name)
     else:
         try:
-            run = Run.from_dict(json.loads(config.read_text(encoding="utf-8")))
+            value = json.loads(config.read_text(encoding="utf-8"))
+            _check_shape(value)
+            run = Run.from_dict(value)
         except (OSError, ValueError) as error:
             if isinstance(error, UsageError):
                 raise
@@ -101,6 +103,19 @@ def resolve_run(
     if max_steps is not None:
         run = run.with_max_steps(max_steps)
     return run if global_batch is None else run.with_values(global_batch=global_batch)
+
+
+def _check_shape(value: Any, what: str = "a run") -> None:
+    """ValueError where a configuration is no object, or one of its sections or stages is none."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is not a JSON object")
+    for name in ("optim", "loader", "model", "options"):
+        if not isinstance(value.get(name, {}), dict):
+            raise ValueError(f"{name} of {what} is not a JSON object")
+    if not isinstance(value.get("stages", []), list):
+        raise ValueError(f"stages of {what} is not a list")
+    for number, stage in enumerate(value.get("stages", []), 1):
+        _check_shape(stage, f"stage {number}")
 
 
 @group.command()

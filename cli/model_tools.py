@@ -11,6 +11,7 @@ import click
 
 from cli.bench_distill import distill
 from cli.bench_latency import latency
+from cli.options import COUNT, SECONDS
 
 __all__ = ["COMMANDS", "device_option"]
 
@@ -41,8 +42,8 @@ class DemoScreen:
 @click.command()
 @click.option("--out", type=PATH, default=Path("demo"), show_default=True, help="A new folder, or that of an earlier demo.")
 @click.option("--quick", is_flag=True, help="A tiny version for continuous integration; its scores mean nothing.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--workers", type=click.IntRange(min=1), help="Processes for world and cache.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option("--workers", type=COUNT, help="Processes for world and cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @click.option("--quiet", is_flag=True, help="No bar.")
 def demo(out: Path, quick: bool, seed: int, workers: int | None, as_json: bool, quiet: bool) -> None:
@@ -139,7 +140,7 @@ def bench() -> None:
 @bench.command("loader")
 @click.option("--cache", required=True, type=PATH)
 @click.option("--dataroot", type=PATH, help="nuScenes tree, for the on-the-fly baseline.")
-@click.option("--seconds", default=5.0, show_default=True, help="Time for each candidate.")
+@click.option("--seconds", default=5.0, show_default=True, type=SECONDS, help="Time for each candidate.")
 @click.option("--batch-size", default=2, show_default=True, type=click.IntRange(min=1))
 @click.option("--history", default="0", show_default=True, help="Keyframe offsets, e.g. 0,-2,-4,-6.")
 @click.option("--json", "as_json", is_flag=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -13,9 +14,34 @@ import click
 
 from cli.screen import Screen
 
-__all__ = ["common", "dataroot_default", "named_paths", "recipe_from_options", "recipe_options", "size_bytes"]
+__all__ = [
+    "COUNT",
+    "SECONDS",
+    "FiniteRange",
+    "common",
+    "dataroot_default",
+    "named_paths",
+    "recipe_from_options",
+    "recipe_options",
+    "size_bytes",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+COUNT = click.IntRange(min=1)  # of workers and the like
+
+
+class FiniteRange(click.FloatRange):
+    """A finite number in a range; click's own range lets nan through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+SECONDS = FiniteRange(min=0, min_open=True)
 
 
 def common(function: F) -> F:
@@ -99,6 +125,25 @@ def names_from_text(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
+def _all_text(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+# The entries of a recipe file that are taken apart here; the recipe itself checks the others.
+_RECIPE_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("dataset", "version"), (_is_text, "text")),
+    **dict.fromkeys(("splits", "sensors", "fields"), (_all_text, "a list of names")),
+    "scenes": (lambda value: _is_text(value) or _all_text(value), "a list of names, or text as for --scenes"),
+    **dict.fromkeys(("options", "grid"), (_is_object, "an object")),
+}
 _REQUEST = ("dataset", "version", "splits", "sensors", "scenes", "fields")
 
 
@@ -175,13 +220,16 @@ def _recipe_file(path: Path) -> Mapping[str, Any]:
         raise RecipeError(
             "recipe has unknown keys", file=str(path), expected=", ".join(sorted(known)), found=", ".join(unknown)
         )
+    for key, (fits, expected) in _RECIPE_KINDS.items():
+        if key in value and not fits(value[key]):
+            raise RecipeError(f"recipe entry {key}", expected=expected, found=repr(value[key])[:80], file=str(path))
     options = value.pop("options", {})
     grid = value.pop("grid", {})
     return {**value, **{f"options.{k}": v for k, v in options.items()}, **{f"grid.{k}": v for k, v in grid.items()}}
 
 
 def size_bytes(text: str) -> int:
-    """``2GB``, ``1.5GiB``, ``800MB`` -> bytes. UsageError otherwise."""
+    """``2GB``, ``1.5GiB``, ``800MB`` -> bytes. UsageError otherwise, and for less than one byte."""
     from imkd_data.errors import UsageError
 
     match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
@@ -189,6 +237,9 @@ def size_bytes(text: str) -> int:
         if match is None:
             raise ValueError
         base = 1024 if match[3] else 1000
-        return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+        size = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+        if size < 1:
+            raise ValueError
+        return size
     except ValueError:
         raise UsageError("not a size", found=text, expected="2GB, 1.5GiB, 800MB") from None

@@ -15,7 +15,7 @@ _LOG: list[str] = []  # path of the log file of this process, at most one
 
 
 def log_entry(entry: dict[str, Any]) -> None:
-    """Append to the file of ``--log-file``, if there is one."""
+    """Append to the file of ``--log-file``, if there is one. Its disk filling up later does not end the command."""
     for path in _LOG:
         with contextlib.suppress(OSError), open(path, "a") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **entry}, ensure_ascii=False, default=str) + "\n")
@@ -40,11 +40,15 @@ def seconds_text(seconds: float) -> str:
 
 
 class Screen:
-    """Output of one command. ``json``: objects on stdout. ``quiet``: errors only. ``verbose``: more lines."""
+    """Output of one command. ``json``: objects on stdout. ``quiet``: errors only. ``verbose``: more lines. OSError: a
+    ``log_file`` that cannot be opened."""
 
     def __init__(self, *, json: bool = False, quiet: bool = False, verbose: bool = False, log_file: str | None = None) -> None:
         self.json, self.quiet, self.verbose = json, quiet, verbose
-        _LOG[:] = [log_file] if log_file else []
+        _LOG.clear()
+        if log_file:
+            with open(log_file, "a"):  # one that cannot be written to is refused now, not missed later
+                _LOG.append(log_file)
 
     def say(self, text: str = "") -> None:
         """A line for people, on stderr."""

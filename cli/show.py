@@ -21,16 +21,14 @@ PATH = click.Path(path_type=Path)
 @click.option("--title", default="imkd report", show_default=True)
 @click.option("--worst", default=6, show_default=True, type=click.IntRange(0, 40), help="Pictures of the worst samples.")
 @click.option("--random", "drawn", default=4, show_default=True, type=click.IntRange(0, 40), help="Pictures of random samples.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
 def report(runs: tuple[str, ...], out: Path, cache: Path | None, title: str, worst: int, drawn: int, seed: int) -> None:
     """One self-contained page about RUNS: folders of training or evaluation, each may be given as NAME=FOLDER."""
     import shlex
 
     from pipelines.report import make_report
 
-    named = [
-        (name, Path(folder)) if sep and name else Path(item) for item in runs for name, sep, folder in [item.partition("=")]
-    ]
+    named = [(name, folder) if name else folder for name, folder in map(named_path, runs)]
     command = shlex.join(["imkd", *sys.argv[1:]])
     path = make_report(named, out, cache=cache, title=title, commands=[command], worst=worst, random=drawn, seed=seed)
     click.echo(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -49,12 +47,18 @@ def view(run: Path, cache: Path, token: str | None, others: tuple[str, ...], out
     click.echo(view_sample(run, cache, out, token=token, others=named_paths("--teacher", others)))
 
 
-def named_checkpoint(text: str) -> tuple[str, Path]:
-    """``CKPT`` or ``NAME=CKPT``; a path that is there may hold a ``=`` itself. Without a name: its folder's."""
+def named_path(text: str) -> tuple[str, Path]:
+    """``PATH`` or ``NAME=PATH`` -> name ("" without one) and path; a path that is there may hold a ``=`` itself."""
     name, sign, path = text.partition("=")
     if sign and name and path and not Path(text).exists():
         return name, Path(path)
-    return Path(text).parent.name or "run", Path(text)
+    return "", Path(text)
+
+
+def named_checkpoint(text: str) -> tuple[str, Path]:
+    """``CKPT`` or ``NAME=CKPT``. Without a name: its folder's."""
+    name, path = named_path(text)
+    return name or path.parent.name or "run", path
 
 
 def print_robustness(

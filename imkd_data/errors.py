@@ -141,3 +141,6 @@ class InterruptedBuildError(ImkdError):
     def __init__(self, what: str, *, signal_code: int = 130, **details: Any) -> None:
         super().__init__(what, **details)
         self.exit_code = signal_code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (*super().__reduce__(), {"exit_code": self.exit_code})

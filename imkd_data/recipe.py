@@ -12,6 +12,18 @@ from imkd_data.geometry import BevGrid
 
 __all__ = ["Recipe", "canonical_json"]
 
+# Whole numbers from 1 -> the largest that can be stored.
+_LARGEST = {
+    "view_cells": 1 << 16,
+    "jpeg_quality": 100,
+    "lidar_sweeps": 1 << 8,  # numbers of sweeps have 8 bits
+    "radar_sweeps": 1 << 15,  # and those of radars 16 with a sign
+    "rows_per_shard": (1 << 31) - 1,
+    "depth_width": (1 << 16) - 1,  # counts of points have 16 bits
+    "boxes_width": (1 << 31) - 1,
+}
+_LARGEST_SIDE_PX = 65_500  # of libjpeg
+_FARTHEST_M = 1e6
 PLANE_GRID = BevGrid(x_min_m=-51.2, y_min_m=-51.2, cell_m=0.2, nx=512, ny=512)
 
 
@@ -19,6 +31,30 @@ def canonical_json(value: Any) -> bytes:
     """The one JSON form of a value: sorted keys, no spaces, UTF-8, no NaN, a newline at the end."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode() + b"\n"
+
+
+def _check_count(name: str, value: Any) -> None:
+    """RecipeError where ``value`` is no whole number that the recipe entry ``name`` can have."""
+    if type(value) is not int or not 1 <= value <= _LARGEST[name]:
+        expected = f"a whole number from 1 to {_LARGEST[name]:,}"
+        raise RecipeError(f"recipe has a wrong {name}", expected=expected, found=repr(value))
+
+
+def _is_json(value: Mapping[Any, Any]) -> bool:
+    try:
+        canonical_json(dict(value))
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return all(isinstance(name, str) for name in value)
+
+
+def _is_grid(grid: BevGrid) -> bool:
+    whole = all(type(n) is int for n in (grid.nx, grid.ny))
+    return whole and all(map(_is_length, (grid.x_min_m, grid.y_min_m, grid.cell_m))) and grid.cell_mm > 0
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _FARTHEST_M
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,14 +90,30 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)  # entries of fields that come from outside
 
     def __post_init__(self) -> None:
-        if self.images_mode not in ("scaled", "original", "reference"):
-            raise RecipeError("images_mode", expected="scaled, original or reference", found=self.images_mode)
-        if self.rows_per_shard < 1 or self.lidar_sweeps < 1 or self.radar_sweeps < 1:
-            raise RecipeError("rows_per_shard, lidar_sweeps and radar_sweeps must be at least 1", found=repr(self))
-        size = self.image_hw_px
-        if not (isinstance(size, tuple) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
-            raise RecipeError("image_hw_px", expected="height x width in pixels, e.g. 396x704", found=repr(size))
+        modes = ("scaled", "original", "reference")
+        self._check("images_mode", self.images_mode in modes, ", ".join(modes))
+        for name in _LARGEST:
+            _check_count(name, getattr(self, name))
+        for name in ("dataset", "version", "reference_channel"):
+            self._check(name, isinstance(getattr(self, name), str), "a name")
+        for name in ("splits", "scenes", "sensors", "fields"):
+            value = getattr(self, name)
+            self._check(name, isinstance(value, tuple) and all(isinstance(n, str) for n in value), "a list of names")
+        size, car = self.image_hw_px, self.own_car_box_m
+        sides = isinstance(size, tuple) and len(size) == 2 and all(type(n) is int and 0 < n <= _LARGEST_SIDE_PX for n in size)
+        self._check("image_hw_px", sides, f"height x width in pixels, at most {_LARGEST_SIDE_PX:,}, e.g. 396x704")
+        six = isinstance(car, tuple) and len(car) == 6 and all(map(_is_length, car))
+        self._check("own_car_box_m", six, "six numbers in metres: x0, x1, y0, y1, z0, z1")
+        self._check("z_min_m", _is_length(self.z_min_m), "a number in metres")
+        # Whole millimetres decide, so less than one is none.
+        self._check("z_span_m", _is_length(self.z_span_m) and self.z_span_m >= 0.001, "a number of metres above 0")
+        self._check("options", isinstance(self.options, Mapping) and _is_json(self.options), "an object of JSON values")
+        self._check("grid", isinstance(self.grid, BevGrid) and _is_grid(self.grid), "whole nx and ny, lengths in metres")
         self.view_grid  # noqa: B018  (refuses a view that does not pool)
+
+    def _check(self, name: str, good: bool, expected: str) -> None:
+        if not good:
+            raise RecipeError(f"recipe has a wrong {name}", expected=expected, found=repr(getattr(self, name))[:120])
 
     @property
     def view_grid(self) -> BevGrid:
@@ -77,7 +129,9 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Recipe:
-        """From the JSON form; unknown or missing keys are errors naming them."""
+        """From the JSON form; unknown or missing keys and values that cannot be meant are errors naming them."""
+        if not isinstance(value, Mapping):
+            raise RecipeError("recipe is not a JSON object", found=repr(value)[:80])
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(value) - known)
         if unknown:
@@ -87,7 +141,9 @@ class Recipe:
             if "grid" in kwargs:
                 kwargs["grid"] = BevGrid(**kwargs["grid"])
             return cls(**kwargs)
-        except TypeError as error:
+        except RecipeError:
+            raise
+        except (TypeError, ValueError, OverflowError) as error:  # of the grid: its own checks expect numbers
             raise RecipeError(f"recipe cannot be read: {error}") from error
 
     def with_values(self, **changes: Any) -> Recipe:

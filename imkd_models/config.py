@@ -22,6 +22,7 @@ __all__ = [
 NUSCENES_LIDAR_M = (0.943713, 0.0, 1.84023)  # LIDAR_TOP in ego
 MODEL_GRID = BevGrid(x_min_m=-51.2, y_min_m=-51.2, cell_m=0.8, nx=128, ny=128)
 FUSERS = ("concat", "gated", "deformable", "intensity", "heterogeneous", "none")
+SIM_FUSERS = ("concat", "gated", "heterogeneous")  # those that read the simulated branch, where there is one
 
 # Named departures of the public CRN code that live in the network (crn: section 8). Data options are the loader's.
 CRN_PARITY = frozenset(
@@ -64,11 +65,11 @@ class ModelConfig:
         if unknown:
             raise RecipeError(f"{cls.kind} model has unknown keys", expected=", ".join(sorted(known)), found=", ".join(unknown))
         values = {k: _tuples(v) for k, v in value.items()}
-        if isinstance(value.get("grid"), Mapping):
-            values["grid"] = BevGrid(**value["grid"])
-        if "parity" in values:
-            values["parity"] = frozenset(values["parity"])
         try:
+            if isinstance(value.get("grid"), Mapping):
+                values["grid"] = BevGrid(**value["grid"])
+            if "parity" in values:
+                values["parity"] = frozenset(values["parity"])
             return cls(**values)
         except TypeError as error:
             raise RecipeError(f"{cls.kind} model cannot be read: {error}") from error
@@ -192,6 +193,13 @@ class StudentConfig(ModelConfig):
             raise RecipeError("a student needs a camera or a radar branch")
         if self.sim_branch and not self.camera:
             raise RecipeError("the simulated branch is made from images", next="set camera=true or sim_branch=false")
+        if self.sim_branch and self.fuser in ("deformable", "intensity"):  # "none": see _check_lift
+            raise RecipeError(
+                "this fuser never reads the simulated branch",
+                expected=" | ".join(SIM_FUSERS),
+                found=self.fuser,
+                next="choose such a fuser, or set sim_branch=false",
+            )
         if self.fuser == "heterogeneous" and not self.sim_branch:
             raise RecipeError("the heterogeneous fuser needs the simulated branch", next="set sim_branch=true")
         if not self.history or self.history[0] != 0 or any(offset > 0 for offset in self.history):
@@ -273,13 +281,13 @@ class StudentConfig(ModelConfig):
 class LidarConfig(ModelConfig):
     """LiDAR teacher. The defaults are the public CenterPoint pillar network (mmdetection3d, 0.2 m pillars).
 
-    encoder: pillar | resnet34 | voxel. pillars_per_cell: pillars along one head cell. widths, layers: stage0, stage1,
-    stage2 (stage1 lies on the head grid). neck_stages: 3 = all (3 x neck_channels), 2 = stage1 and stage2 only.
-    intensity_scale multiplies reflectance 0..1 (255 for imported public networks). points_per_pillar: cap of the public
-    code, 0 = none (with a cap its padding enters the maximum). scaled_inputs: point values of order one
-    instead of metres (faster in short runs; public networks take metres). convention: bev | mmdet3d_lwh | mmdet3d_wlh, see
-    convention.py. mount_m: where the sensor sits in ego. near_removed_m: points of past sweeps within this distance of the
-    sensor in x and y are left out (1.0 in mmdetection3d; 0 = none).
+    encoder: pillar | resnet34 | voxel. pillars_per_cell: pillars (voxels) along one head cell, even; resnet34 and voxel halve
+    the grid three times down to it, so they take 8. widths, layers: stage0, stage1, stage2 (stage1 lies on the head grid).
+    neck_stages: 3 = all (3 x neck_channels), 2 = stage1 and stage2 only. intensity_scale multiplies reflectance 0..1 (255 for
+    imported public networks). points_per_pillar: cap of the public code, 0 = none (with a cap its padding enters the maximum).
+    scaled_inputs: point values of order one instead of metres (faster in short runs; public networks take metres). convention:
+    bev | mmdet3d_lwh | mmdet3d_wlh, see convention.py. mount_m: where the sensor sits in ego. near_removed_m: points of past
+    sweeps within this distance of the sensor in x and y are left out (1.0 in mmdetection3d; 0 = none).
     """
 
     kind: ClassVar[str] = "lidar"
@@ -311,6 +319,14 @@ class LidarConfig(ModelConfig):
             raise RecipeError("encoder", expected="pillar | resnet34 | voxel", found=self.encoder)
         if self.convention not in ("bev", "mmdet3d_lwh", "mmdet3d_wlh"):
             raise RecipeError("convention", expected="bev | mmdet3d_lwh | mmdet3d_wlh", found=self.convention)
+        per_cell, halved = self.pillars_per_cell, self.encoder in ("resnet34", "voxel")
+        fits = per_cell == 8 if halved else per_cell >= 2 and per_cell % 2 == 0
+        if not fits:  # the stages would not lie on the head grid
+            raise RecipeError(
+                f"pillars_per_cell of encoder {self.encoder}",
+                expected="8" if halved else "an even number of at least 2",
+                found=str(per_cell),
+            )
         if self.neck_stages not in (2, 3):
             raise RecipeError("neck_stages", expected="2 or 3", found=str(self.neck_stages))
         if self.grid.ny % 2 or self.grid.nx % 2:

@@ -13,26 +13,30 @@ boxes are ``wlh``.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
+from imkd_data.errors import MissingFeatureError
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import Batch, PointBatch
-from imkd_models.config import LidarConfig
+from imkd_data.loader.request import LIDAR_FEATURES
+from imkd_models.config import FusionConfig, LidarConfig, ModelConfig
 from imkd_models.head import CentreHead
 from imkd_models.outputs import HeadMaps
 
 __all__ = [
     "CONVENTIONS",
     "TurnedHead",
+    "lidar_features",
     "map_from_network",
     "map_to_network",
     "mirrored",
     "near_sensor",
     "network_grid",
     "points_to_network",
+    "without_near",
 ]
 
 CONVENTIONS = ("bev", "mmdet3d_lwh", "mmdet3d_wlh", "bevfusion")
@@ -67,13 +71,33 @@ def mirrored(batch: Batch, height_m: float) -> Batch:
     return replace(batch, radar=radar, lidar=lidar, bev_from_camera_BTV44=moved)
 
 
+def lidar_features(config: ModelConfig) -> tuple[str, ...]:
+    """Columns of the LiDAR batch that a network reads: the stream's own, and ``near_m`` where it leaves close points out."""
+    lidar = config.lidar if isinstance(config, FusionConfig) else config
+    near = isinstance(lidar, LidarConfig) and lidar.near_removed_m > 0
+    return (*LIDAR_FEATURES, "near_m") if near else LIDAR_FEATURES
+
+
 def near_sensor(lidar: PointBatch, config: LidarConfig) -> Tensor:
-    """(N,) points of past sweeps within ``near_removed_m`` of the sensor in x and y; points are in the network's axes."""
-    if not config.near_removed_m:
+    """(N,) points of past sweeps within ``near_removed_m`` of the sensor in x and y, measured where the sensor stood then
+    (column ``near_m``): the car's own returns leave a trail behind a moving car."""
+    if not config.near_removed_m or not len(lidar.age_s):
         return torch.zeros_like(lidar.age_s, dtype=torch.bool)
-    x, y, _ = config.mount_m
-    sensor = lidar.xyz_m.new_tensor([x, y] if config.convention == "bev" else [-y, x])
-    return (lidar.age_s > 0) & ((lidar.xyz_m[:, :2] - sensor).abs() < config.near_removed_m).all(-1)
+    if "near_m" not in lidar.feature_names:
+        raise MissingFeatureError(
+            "this network leaves out close points of past sweeps, and the batch does not say which these are",
+            expected="the LiDAR column near_m",
+            found=", ".join(lidar.feature_names),
+            next="give the stream lidar_features=('intensity', 'ring', 'near_m')",
+        )
+    return lidar.column("near_m") < config.near_removed_m
+
+
+def without_near(lidar: PointBatch, config: LidarConfig) -> PointBatch:
+    """The points without those of ``near_sensor``."""
+    kept = (~near_sensor(lidar, config)).nonzero()[:, 0]
+    values = {f.name: getattr(lidar, f.name) for f in fields(lidar)}
+    return replace(lidar, **{name: v[kept] for name, v in values.items() if isinstance(v, Tensor)})
 
 
 def map_from_network(x: Tensor) -> Tensor:

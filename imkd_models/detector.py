@@ -7,6 +7,7 @@ LiDAR-camera teacher. A sensor that the config does not name is never read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from imkd_models.blocks import conv_norm_relu
 from imkd_models.branches import CameraBranch, SimulatedBranch, build_trunk
 from imkd_models.camera import depth_loss, frustum
 from imkd_models.config import FusionConfig, LidarConfig, ModelConfig, StudentConfig
-from imkd_models.convention import TurnedHead, mirrored
+from imkd_models.convention import TurnedHead, mirrored, without_near
 from imkd_models.fusion import ConcatFuser, GatedFuser, TimeReduction, build_fuser
 from imkd_models.head import CentreHead, LossOptions, detection_loss
 from imkd_models.lidar import LidarStages, voxel_map
@@ -117,6 +118,8 @@ class StudentDetector(Detector):
         c = config
         if c.depth_net == "lidar_points":
             raise RecipeError("depth_net lidar_points reads LiDAR, which a student never does", next="depth_net=linear")
+        if c.depth_input:
+            raise RecipeError("depth_input reads LiDAR depth, which a student never does", next="depth_input=false")
         self.sensors = tuple(name for name, on in (("camera", c.camera), ("radar", c.radar)) if on)
         self.perspective = c.assisted
         if c.camera:
@@ -273,6 +276,8 @@ class FusionDetector(Detector):
         check_grid(self.grid, batch)
         need(batch, "lidar", "images_BTVCHW", "image_from_camera_BTV33", "bev_from_camera_BTV44")
         camera, count = self.config.student, len(batch)
+        if self.config.lidar.near_removed_m:  # before the depth image is made: in the public code the loader does it
+            batch = replace(batch, lidar=without_near(batch.lidar, self.config.lidar))
         turned = camera.convention != "bev"
         if turned:
             batch = mirrored(batch, camera.mount_m[2])

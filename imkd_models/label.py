@@ -6,16 +6,19 @@ module: it is in no state dict, keeps eval() and gets no gradient.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from imkd_data.classes import LABEL_FROM_CLASS
 from imkd_data.errors import MismatchError, MissingFeatureError
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import Batch, BoxBatch
 from imkd_models.blocks import BasicBlock, frozen_copy
 from imkd_models.config import LabelConfig
 from imkd_models.detector import Detector, check_grid
-from imkd_models.head import LossOptions, detection_loss
+from imkd_models.head import LossOptions, _channel_table, detection_loss
 from imkd_models.outputs import Outputs
 
 __all__ = ["LabelEncoder", "label_maps"]
@@ -24,7 +27,8 @@ __all__ = ["LabelEncoder", "label_maps"]
 def label_maps(boxes: BoxBatch, grid: BevGrid, num_classes: int, shrink: float = 0.5) -> tuple[Tensor, Tensor]:
     """Box map (B, 9, Y, X): x, y, z, l, w, h, yaw, vx, vy (unknown velocity 0) and one-hot class map (B, K, Y, X), inside
     each valid box's rotated rectangle shrunk to ``shrink`` of length and width and in the cell of its centre; zero
-    elsewhere. Where boxes overlap the smaller one wins. Vectorised over boxes and cells."""
+    elsewhere. Where boxes overlap the smaller one wins. A label is the channel, 0 to K - 1; boxes below 0 are left out.
+    Vectorised over boxes and cells."""
     centres = torch.as_tensor(grid.centres(), dtype=torch.float32, device=boxes.yaw_rad_BM.device)
     centre, size = boxes.centre_m_BM3.float(), boxes.size_lwh_m_BM3.float()
     batch, count = boxes.valid_BM.shape
@@ -104,12 +108,19 @@ class LabelEncoder(nn.Module):
             teacher._apply(fn)
         return super()._apply(fn, recurse)
 
+    def channels(self, boxes: BoxBatch) -> BoxBatch:
+        """The boxes with the class map's channel for a label, -1 for a class outside the groups. Channels follow the order of
+        labels, not of groups: with all ten classes they are the labels, as every trained encoder has them."""
+        classes = sorted((name for group in self.config.groups for name in group), key=LABEL_FROM_CLASS.__getitem__)
+        return replace(boxes, label_BM=_channel_table(classes, boxes.label_BM.device)[boxes.label_BM])
+
     def forward(self, batch: Batch) -> Outputs:
         check_grid(self.grid, batch)
         if batch.boxes is None:
             raise MissingFeatureError("the label encoder needs boxes", next="use a split with annotations")
         with torch.autocast(batch.boxes.centre_m_BM3.device.type, enabled=False):
-            box_map, one_hot = label_maps(batch.boxes, self.grid, self.classes[0].in_features, self.config.shrink)
+            boxes = self.channels(batch.boxes)
+            box_map, one_hot = label_maps(boxes, self.grid, self.classes[0].in_features, self.config.shrink)
             tokens = self.boxes(box_map.movedim(1, -1)) + self.classes(one_hot.movedim(1, -1))
             x = self.joined(tokens).movedim(-1, 1).contiguous()
         x = self.residual(x)

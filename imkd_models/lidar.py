@@ -50,8 +50,6 @@ class PillarEncoder(nn.Module):
             num = batch * grid.ny * grid.nx
             # In evaluation shapes stay static: points outside fall into one more pillar. The norm must not see them.
             features, cell = self._features(lidar, num, select=self.training or self.config.points_per_pillar > 0)
-            if self.config.points_per_pillar:
-                features, cell = first_points(features, cell, self.config.points_per_pillar)
             x = torch.relu(self.norm(self.linear(features)))
             canvas = pillar_max(x, cell, num + 1)[:-1]
             if self.config.points_per_pillar:
@@ -59,7 +57,8 @@ class PillarEncoder(nn.Module):
         return canvas.view(batch, grid.ny, grid.nx, -1).permute(0, 3, 1, 2)
 
     def _features(self, lidar: PointBatch, num: int, *, select: bool = True) -> tuple[Tensor, Tensor]:
-        """Point features and their pillar; points outside are left out (select) or get pillar ``num``."""
+        """Point features and their pillar; points outside are left out (select) or get pillar ``num``. With a cap only the
+        points that it keeps: the mean point is theirs."""
         c, grid = self.config, self.grid
         xyz, age = lidar.xyz_m.float(), lidar.age_s.float()
         row, column, inside = cell_index(xyz[:, :2], grid)
@@ -71,6 +70,9 @@ class PillarEncoder(nn.Module):
         if select:
             kept = inside.nonzero()[:, 0]  # once: every mask would make the host wait for the device
             values, cell, row, column = values[kept], cell[kept], row[kept], column[kept]
+        if c.points_per_pillar:
+            kept, cell = first_points(torch.arange(len(cell), device=cell.device), cell, c.points_per_pillar)
+            values, row, column = values[kept], row[kept], column[kept]
         xyz = values[:, :3]
         mean = pillar_mean(xyz, cell, num + 1)[cell]
         x, y = (column + 0.5) * grid.cell_m + grid.x_min_m, (row + 0.5) * grid.cell_m + grid.y_min_m

@@ -71,8 +71,9 @@ class PointRadarEncoder(nn.Module):
         if cap:
             values, cell = first_points(values, cell, cap)
         canvas = pillar_max(self._net(values), cell, num + 1)[:-1]
-        if not cap or self.training:
+        if not cap:
             return canvas
+        # One row has no variance: in training too the norms use their running statistics and leave them as they are.
         empty = self._net(values.new_zeros(1, values.shape[1]))
         count = torch.bincount(cell, minlength=num)[:num]
         return torch.where(((count > 0) & (count < cap))[:, None], torch.maximum(canvas, empty), canvas)

@@ -50,10 +50,13 @@ def random_batch(
         assert like is not None
         n = count * batch_size * slots
         index = torch.arange(n)
+        xyz, features = low + span * torch.rand(n, 3, generator=g), torch.rand(n, len(like.feature_names), generator=g)
+        if "near_m" in like.feature_names:  # no point is so close that a network leaves it out
+            features[:, like.feature_names.index("near_m")] = torch.inf
         return replace(
             like,
-            xyz_m=low + span * torch.rand(n, 3, generator=g),
-            features_NF=torch.rand(n, len(like.feature_names), generator=g),
+            xyz_m=xyz,
+            features_NF=features,
             batch_index=index % batch_size,
             time_index=index // batch_size % slots,
             age_s=0.5 * torch.rand(n, generator=g),

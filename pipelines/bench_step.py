@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,26 +152,30 @@ def matmul_flops(device: torch.device, precision: str, size: int = 1024) -> floa
         size = 8192
     dtype = torch.bfloat16 if precision != "32-true" and device.type == "cuda" else torch.float32
     a = torch.randn(size, size, device=device, dtype=dtype)
-    a @ a
-    begun, count = time.perf_counter(), 5
-    for _ in range(count):
-        a @ a
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 2.0 * size**3 * count / (time.perf_counter() - begun)
+    return 2.0 * size**3 / _seconds(lambda: a @ a, device)
 
 
 def copy_rate(device: torch.device, size: int = 1 << 26) -> float:
     """Measured memory copy on the device, bytes read and written per second."""
     a = torch.empty(size, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
-    b.copy_(a)
+    return 2.0 * size / _seconds(lambda: b.copy_(a), device)
+
+
+def _seconds(work: Callable[[], object], device: torch.device, count: int = 5) -> float:
+    """Seconds of one call, after a first one that is not counted."""
+
+    def wait() -> None:  # a GPU works on after the call has returned
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    work()
+    wait()
     begun = time.perf_counter()
-    for _ in range(5):
-        b.copy_(a)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 2.0 * size * 5 / (time.perf_counter() - begun)
+    for _ in range(count):
+        work()
+    wait()
+    return (time.perf_counter() - begun) / count
 
 
 def step_table(facts: Mapping[str, Any]) -> str:

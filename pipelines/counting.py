@@ -23,6 +23,7 @@ from imkd_data.errors import UsageError
 from imkd_data.loader.batch import Batch, BoxBatch, PointBatch
 from imkd_data.recipe import canonical_json
 from imkd_models.config import FusionConfig, ModelConfig, StudentConfig
+from imkd_models.convention import lidar_features
 from imkd_models.presets import build_model, config_from_dict
 from pipelines.run import Run
 
@@ -138,7 +139,7 @@ def blank_batch(config: ModelConfig, *, batch_size: int = 1, views: int = 6) -> 
         image_from_camera_BTV33=k.expand(batch_size, slots, views, 3, 3).clone(),
         bev_from_camera_BTV44=pose.expand(batch_size, slots, views, 4, 4).clone(),
         history_valid_BT=torch.ones(batch_size, slots, dtype=torch.bool),
-        lidar=_no_points(("intensity", "ring")),
+        lidar=_no_points(lidar_features(config)),
         radar=_no_points(features),
         image_maps={"depth_BVHW": torch.zeros(batch_size, views, height, width)},
         boxes=_no_boxes(batch_size),

@@ -27,6 +27,8 @@ STAGES = ("world", "cache", "teacher", "label", "student", "scores", "report")
 
 # Cells of 1.6 m, a quarter of the usual number: four times as many steps in the same time are worth far more here.
 GRID = BevGrid(x_min_m=-51.2, y_min_m=-51.2, cell_m=1.6, nx=64, ny=64)
+# What the cache is made of, for the build and for the command that the report shows.
+RECIPE: dict[str, Any] = {"images_mode": "original", "view_cells": GRID.cell_mm // PLANE_GRID.cell_mm}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +150,8 @@ class _Clock:
 
 def _prepare(out: Path) -> None:
     """A fresh folder, or one that an earlier demo made."""
+    if out.exists() and not out.is_dir():
+        raise UsageError("--out is a folder", found="a file", file=str(out), next="choose another --out")
     if out.exists() and any(out.iterdir()) and not (out / MARKER).is_file():
         raise UsageError(
             "the folder holds something that no demo made", found=str(out), next="give --out another folder, or empty this one"
@@ -194,7 +198,7 @@ def run_demo(
     quick: a tiny version for continuous integration, whose scores mean nothing. workers: processes for world and cache.
 
     Raises:
-        UsageError: ``out`` holds something else.
+        UsageError: ``out`` holds something else, or is a file.
     """
     out = Path(out)
     size = size or (QUICK if quick else FULL)
@@ -259,7 +263,7 @@ def _cache(out: Path, size: DemoSize, workers: int, clock: _Clock) -> None:
         version="v1.0-mini",
         splits=("mini_train", "mini_val"),
         out=out / "cache",
-        recipe_overrides={"images_mode": "original", "view_cells": GRID.cell_mm // PLANE_GRID.cell_mm},
+        recipe_overrides=RECIPE,
         executor="threads" if workers > 1 else "sync",
         workers=workers,
         progress=lambda event: clock.tell(event.done / max(1, event.total), event.text),
@@ -327,10 +331,11 @@ def commands(out: Path, size: DemoSize, seed: int) -> list[str]:
     run = f"--cache {out}/cache --out {out}"
     score = f"--cache {out}/cache --dataroot {out}/world"
     height, width = size.image_hw_px
+    recipe = " ".join(f"--set {key}={value}" for key, value in RECIPE.items())
     world = f"--scenes {size.scenes} --keyframes {size.keyframes} --image-size {height}x{width} --seed {seed}"
     return [
         f"imkd-data synth --out {out}/world {world}",
-        f"imkd-data build --dataroot {out}/world --split mini --out {out}/cache --images original",
+        f"imkd-data build --dataroot {out}/world --split mini --out {out}/cache {recipe}",
         f"imkd train tiny_teacher {run}/teacher",
         f"imkd train tiny_label {run}/label --teacher lidar={out}/teacher/last.ckpt",
         f"imkd train tiny_student {run}/student --method imkd --teacher lidar={out}/teacher/last.ckpt "

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from imkd_data.errors import ImkdError, SourceMissingError
+from imkd_data.errors import CacheDamageError, ImkdError, SourceMissingError, StorageError
 
 __all__ = ["Finding", "examine"]
 
@@ -22,7 +22,8 @@ _VERSIONS = ("v1.0-mini", "v1.0-trainval", "v1.0-test")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One line: severity ok, info, warning or error (with its exit code and what to do)."""
+    """One line: severity ok, info, warning or error (with its exit code and what to do); ``doctor`` ends with the code of
+    the first error."""
 
     name: str
     severity: str
@@ -36,8 +37,17 @@ def examine(dataroot: Path, asked_version: str | None = None, hash_cache: Path |
     out = [*_environment(), *_gpu(), *_disk(dataroot)]
     out += _source(dataroot, asked_version)
     if hash_cache is not None:
-        out += _hashes(dataroot, hash_cache)
+        try:
+            out += _hashes(dataroot, hash_cache)
+        except (ImkdError, OSError) as error:
+            out.append(_failed("hash", error))
     return out
+
+
+def _failed(name: str, error: ImkdError | OSError) -> Finding:
+    """The finding of a check that could not be made; 5 is the code of what the operating system refuses."""
+    code = error.code if isinstance(error, ImkdError) else StorageError.code
+    return Finding(name=name, severity="error", code=code, text=str(error).replace("\n", ";"))
 
 
 def _installed(name: str) -> str:
@@ -116,8 +126,8 @@ def _source(dataroot: Path, asked: str | None) -> list[Finding]:
     for name in wanted:
         try:
             out += _version(dataroot, name)
-        except ImkdError as error:
-            out.append(Finding(name=name, severity="error", code=error.code, text=str(error).replace("\n", ";")))
+        except (ImkdError, OSError) as error:
+            out.append(_failed(name, error))
     return out
 
 
@@ -195,8 +205,11 @@ def _archives(missing: Counter[str]) -> str:
 
 def _hashes(dataroot: Path, cache: Path) -> list[Finding]:
     """Content of the raw files against the receipts of a cache (finds replaced files of equal size)."""
+    from imkd_data.cache.plan import stored_recipe
     from pipelines.build.planning import plan_only
 
+    if stored_recipe(cache) is None:
+        raise CacheDamageError("--hash is not a cache", file=str(cache), next="give the folder of imkd-data build")
     request = {"dataroot": dataroot, "out": cache}
     _, plan, _ = plan_only(request, update=True, hash_inputs=True)
     changed = [q for q in plan.queue if "changed" in q.reason]

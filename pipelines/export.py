@@ -6,6 +6,7 @@ are not used hold points a thousand kilometres away, which the network drops by 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,11 +161,13 @@ def _plain_inverse() -> Iterator[None]:
 
 
 def _difference(expected: tuple[Tensor, ...], found: Any) -> float:
-    """Largest difference over all maps, relative to each map's largest value."""
+    """Largest difference over all maps, relative to each map's largest value; infinite where a value is no finite number."""
     worst = 0.0
     for a, b in zip(expected, found, strict=True):
-        b = torch.as_tensor(b)
-        worst = max(worst, float((a - b).abs().max()) / max(1.0, float(a.abs().max())))
+        gap = float((a - torch.as_tensor(b)).abs().max())
+        if not math.isfinite(gap):  # max(worst, nan) would keep worst
+            return math.inf
+        worst = max(worst, gap / max(1.0, float(a.abs().max())))
     return worst
 
 
@@ -179,7 +182,8 @@ def export_checkpoint(
     """Write ``out`` (and ``out`` + ``.json``) and return what the JSON says, with the measured differences.
 
     Raises:
-        UsageError: the checkpoint is no camera-radar student, or ONNX support is not installed.
+        UsageError: the checkpoint is no camera-radar student, ONNX support is not installed, or the network has no fixed graph
+        (radar caps of imported weights) and the format needs one.
         MismatchError: the exported network differs from the original by more than the tolerance; nothing is written.
     """
     model, meta = load_model(checkpoint)
@@ -188,6 +192,14 @@ def export_checkpoint(
         raise UsageError("only a camera-radar student is exported", found=str(meta["model"].get("kind")))
     if kind not in ("onnx", "torch", "safetensors"):
         raise UsageError("unknown format", expected="onnx, torch or safetensors", found=kind)
+    if kind != "safetensors" and (capped := _radar_caps(config)):
+        raise UsageError(
+            f"a network with radar caps of imported weights has no fixed graph for {kind}",
+            expected="a network without these settings",
+            found=", ".join(capped),
+            file=checkpoint,
+            next="--format safetensors keeps the weights and their configuration",
+        )
     sensors = meta.get("cache", {}).get("sensors")
     real = _real_batch(model, meta, cache) if cache is not None else None
     views = real.images_BTVCHW.shape[2] if real is not None and real.images_BTVCHW is not None else _views(sensors)
@@ -207,6 +219,17 @@ def export_checkpoint(
     facts = _facts(network, meta, kind, inputs[0][1], differences, radar_points)
     target.with_name(target.name + ".json").write_bytes(canonical_json(facts))
     return facts
+
+
+def _radar_caps(config: StudentConfig) -> list[str]:
+    """Settings by which the number of rows depends on the points' values, which neither torch.export nor ONNX can follow."""
+    if not config.radar:
+        return []
+    if config.assisted:
+        return [f"model.parity {p}" for p in sorted(config.parity & {"radar_caps:crn", "radar_empty:dummy"})]
+    if config.radar_encoder == "points" and config.radar_points_per_cell:
+        return [f"model.radar_points_per_cell {config.radar_points_per_cell}"]
+    return []
 
 
 def _compare(network: Deployed, run: Any, inputs: list[tuple[str, tuple[Tensor, ...]]]) -> dict[str, float]:

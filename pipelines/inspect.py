@@ -75,6 +75,9 @@ def describe(cache: Cache, only: str | None, rows: NDArray[np.int64]) -> list[En
 
 def _statistics(cache: Cache, name: str, rows: NDArray[np.int64]) -> dict[str, str]:
     """Per column: smallest, mean, largest of the decoded values of evenly spread rows."""
+    count = cache.attributes(name).get("count_field")
+    if count and count not in cache.fields:
+        return {"error": f"the cache has no {count}, which says how many values each row has"}
     chosen = rows[np.linspace(0, len(rows) - 1, min(STATS_ROWS, len(rows))).astype(int)]
     values: dict[str, list[NDArray[Any]]] = {}
     for row in chosen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -32,10 +33,11 @@ _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, 
 
 def bytes_from_text(text: str) -> int:
     """``22GiB`` -> bytes. Errors: UsageError."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].lower() not in _UNITS:
+    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([A-Za-z]*)\s*", text)
+    size = float(match[1]) * _UNITS.get(match[2].lower(), math.inf) if match else math.inf
+    if not math.isfinite(size):  # no number, no known unit, or more than a number can say
         raise UsageError("a size cannot be read", expected="a number with KiB, MiB, GiB, KB, MB or GB", found=text)
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    return int(size)
 
 
 def make_fabric(run: Run, machine: Machine) -> Any:

@@ -16,6 +16,7 @@ from imkd_data.loader.batch import Batch
 from imkd_models.blocks import StepCounts
 from imkd_models.checkpoint import load_checkpoint, load_model, weights_hash
 from imkd_models.config import FusionConfig, LabelConfig, ModelConfig, StudentConfig
+from imkd_models.convention import lidar_features
 from imkd_models.distill import FrozenTeacher, Method, check_needs, make_method
 from imkd_models.distill.base import Distiller
 from imkd_models.presets import build_model, config_from_dict, label_config_for
@@ -281,7 +282,7 @@ def use_cached_teachers(networks: Networks, cache: Cache) -> None:
 
 
 def stream_values(networks: Networks) -> dict[str, Any]:
-    """Arguments of ``imkd_data.stream`` that follow from the networks: fields, history, image size, grid, radar columns."""
+    """Arguments of ``imkd_data.stream`` that follow from the networks: fields, history, image size, grid, columns."""
     parts, history = {"boxes"}, {0}
     image_hw, features = None, ["rcs_dbsm"]
     stored = [t for t in networks.teachers.values() if isinstance(t, CachedTeacher)]
@@ -316,6 +317,7 @@ def stream_values(networks: Networks) -> dict[str, Any]:
         "image_hw_px": image_hw,
         "grid": networks.grid,
         "radar_features": tuple(features),
+        "lidar_features": max(map(lidar_features, configs), key=len),  # one that leaves close points out asks for one more
     }
 
 

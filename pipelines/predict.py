@@ -32,6 +32,7 @@ __all__ = [
     "predict_split",
     "predict_variants",
     "stream_options",
+    "trained_sweeps",
 ]
 
 Progress = Callable[[int, int], None]
@@ -47,9 +48,11 @@ _PART_OF_SENSOR = {"camera": "images", "radar": "radar_points", "lidar": "lidar_
 def stream_options(model: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:
     """What ``imkd_data.stream`` must be asked for so that ``model`` sees what it was trained on, without augmentation.
 
-    Radar filter, numbers of sweeps and image scale come from the run that made the checkpoint (``meta["run"]``).
+    Radar filter, numbers of sweeps and image scale come from the run that made the checkpoint (``meta["run"]``); where it read
+    all sweeps, their number comes from its cache (``meta["cache"]``).
     """
     from imkd_data.loader.augment import IDENTITY
+    from imkd_models.convention import lidar_features
     from pipelines.networks import STATE_FEATURES
 
     sensors = model_sensors(model)
@@ -61,7 +64,10 @@ def stream_options(model: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:
     if getattr(config, "kind", "") == "label":
         parts.append("boxes")  # the label encoder reads the truth itself
     loader = dict(dict(meta.get("run") or {}).get("loader") or {})
-    options: dict[str, Any] = {k: loader[k] for k in ("radar_filter", "radar_sweeps", "lidar_sweeps") if k in loader}
+    options: dict[str, Any] = {"radar_filter": loader["radar_filter"]} if "radar_filter" in loader else {}
+    for key in ("radar_sweeps", "lidar_sweeps"):
+        if key in loader or trained_sweeps(meta, key):
+            options[key] = trained_sweeps(meta, key)
     if getattr(config, "radar_states", False):
         options["radar_features"] = STATE_FEATURES
     if "camera" in sensors:
@@ -71,12 +77,21 @@ def stream_options(model: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:
         "fields": tuple(dict.fromkeys(parts)),
         "history": tuple(getattr(config, "history", (0,))),
         "grid": config.grid,
+        "lidar_features": lidar_features(config),
         "augment": replace(IDENTITY, evaluation_scale=scale),
     }
 
 
+def trained_sweeps(meta: Mapping[str, Any], key: str) -> int:
+    """How many of the newest sweeps a network was trained on. key: lidar_sweeps | radar_sweeps. 0: all that its cache held, and
+    the checkpoint does not say how many those were."""
+    asked = int(dict(dict(meta.get("run") or {}).get("loader") or {}).get(key) or 0)
+    stored = int(dict(meta.get("cache") or {}).get(key) or 0)
+    return min(asked, stored) if asked and stored else asked or stored
+
+
 def model_sensors(model: nn.Module) -> tuple[str, ...]:
-    """Subset of (camera, radar, lidar) that a forward pass reads; a label encoder's are its LiDAR teacher's."""
+    """Subset of (camera, radar, lidar) that a forward pass reads; none for a label encoder, which reads the truth."""
     return tuple(s for s in ("camera", "radar", "lidar") if s in tuple(getattr(model, "sensors", ())))
 
 

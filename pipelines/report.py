@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from imkd_data.classes import DETECTION_CLASSES
+from imkd_data.errors import UsageError
 from imkd_data.geometry import EGO, GLOBAL, Pose
 from imkd_data.sample import Boxes
 from pipelines.evaluate_detail import confusion, range_table
@@ -45,8 +46,12 @@ def make_report(
     seconds, peak_mb, text. worst, random: numbers of samples with pictures.
 
     Raises:
-        SourceMissingError: a folder with nothing to report. InputDataError: files that cannot be read.
+        SourceMissingError: a folder with nothing to report. InputDataError: files that cannot be read. UsageError: ``out`` is
+            a folder.
     """
+    out = Path(out)
+    if out.is_dir():
+        raise UsageError("--out is a file, not a folder", file=str(out), next=f"--out {out}/report.html")
     facts = [read_run(r[1], r[0]) if isinstance(r, tuple) else read_run(r) for r in runs]
     opened = _open(cache)
     page = Page(title, _subtitle(facts, opened), "Made by imkd. No script, style or picture is loaded from elsewhere.")
@@ -61,11 +66,14 @@ def make_report(
     page.add("cost", "Cost", _cost(facts, stages))
     lines = list(dict.fromkeys([*(c for f in facts for c in f.commands), *commands]))
     page.add("identity", "Identity and commands", _identity(facts, opened), pre("\n".join(lines)) if lines else "")
-    out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part")
-    part.write_text(page.render(), encoding="utf-8")
-    return part.replace(out)
+    try:
+        part.write_text(page.render(), encoding="utf-8")
+        return part.replace(out)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _open(cache: Path | Cache | None) -> Cache | None:
@@ -272,13 +280,19 @@ def _confusions(facts: Sequence[RunFacts]) -> list[str]:
 _NOT_LOSSES = ("step", "epoch", "lr", "grad_norm", "samples_per_s", "data_wait", "time", "loss")
 
 
+def _number(entry: Mapping[str, Any], name: str, absent: float = math.nan) -> float:
+    """A number of a log line; ``absent`` where it has none of that name."""
+    value = entry.get(name)
+    return float(value) if isinstance(value, int | float) else absent
+
+
 def _training(facts: RunFacts) -> str:
     if len(facts.log) < 2:
         return ""
     steps = [float(e["step"]) for e in facts.log]
 
     def line(name: str) -> tuple[list[float], list[float]]:
-        return steps, [float(e.get(name, math.nan)) for e in facts.log]
+        return steps, [_number(e, name) for e in facts.log]
 
     terms = [k for k, v in facts.log[-1].items() if k not in _NOT_LOSSES and isinstance(v, float)]
     charts = [chart("loss", {"loss": line("loss")}, x="step")]
@@ -298,9 +312,9 @@ def _cost(facts: Sequence[RunFacts], stages: Sequence[Mapping[str, Any]]) -> str
     rows = []
     for f in facts:
         if f.log:
-            wait = np.mean([float(e.get("data_wait", math.nan)) for e in f.log])
-            rate = np.median([float(e.get("samples_per_s", math.nan)) for e in f.log])
-            hours = (float(f.log[-1].get("time", 0)) - float(f.log[0].get("time", 0))) / 3600
+            wait = np.mean([_number(e, "data_wait") for e in f.log])
+            rate = np.median([_number(e, "samples_per_s") for e in f.log])
+            hours = (_number(f.log[-1], "time", 0.0) - _number(f.log[0], "time", 0.0)) / 3600
             rows.append([f.name, int(f.log[-1]["step"]), float(rate), float(100 * wait), float(hours)])
     if rows:
         head = ["run", "steps", "samples/s", "data wait %", "hours between first and last log line"]

@@ -23,6 +23,10 @@ __all__ = ["RunFacts", "boxes_of_samples", "chosen_samples", "paired_intervals",
 
 EVALUATION_FOLDERS = ("", "eval", "evaluation")
 _MAX_JSON = 64 << 20
+TP_ERRORS = ("trans_err", "scale_err", "orient_err", "vel_err", "attr_err")
+_LOG_NUMBERS = ("step", "loss", "lr", "data_wait", "samples_per_s", "time")
+_NUMBER = (int, float)
+_AGAIN = "run imkd evaluate again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,14 +65,66 @@ def _log(path: Path) -> tuple[dict[str, Any], ...]:
     if not path.is_file():
         return ()
     out = []
-    for line in path.read_text("utf-8", errors="replace").splitlines():
+    for number, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
         try:
             value = json.loads(line)
         except ValueError:
             continue  # the last line of a run that was killed
-        if isinstance(value, dict) and "step" in value:
-            out.append(value)
+        if not isinstance(value, dict) or "step" not in value:
+            continue
+        for key in _LOG_NUMBERS:
+            if not isinstance(value.get(key, 0), _NUMBER):
+                raise InputDataError(
+                    f"line {number} of the training log cannot be read",
+                    file=path,
+                    expected=f"{key}: a number",
+                    found=repr(value[key])[:80],
+                )
+        out.append(value)
     return tuple(out)
+
+
+def _scores(path: Path) -> dict[str, Any]:
+    """The scores that a report shows, in the devkit's form; more may stand beside them."""
+    scores = _json(path)
+
+    def check(kind: Any, *keys: str) -> Any:
+        value: Any = scores
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, kind):
+            raise InputDataError(
+                "not the scores of an evaluation",
+                file=path,
+                expected=f"{'an object' if kind is dict else 'a number'} {'.'.join(keys)}",
+                found="nothing" if value is None else repr(value)[:80],
+                next=_AGAIN,
+            )
+        return value
+
+    for name in ("nd_score", "mean_ap", "eval_time", *(k for k in ("mAP_occurring", "num_samples") if k in scores)):
+        check(_NUMBER, name)
+    for error in TP_ERRORS:
+        check(_NUMBER, "tp_errors", error)
+    for name in check(dict, "mean_dist_aps"):
+        check(_NUMBER, "mean_dist_aps", name)
+        for error in TP_ERRORS:
+            check(_NUMBER, "label_tp_errors", name, error)
+    if "truth_boxes" in scores:
+        check(dict, "truth_boxes")
+    return scores
+
+
+def _curves(path: Path) -> dict[str, Any]:
+    """Precision and recall by class and distance."""
+    curves = _json(path)
+    for name, curve in curves.items():
+        lines = [curve.get(k) if isinstance(curve, dict) else None for k in ("recall", "precision")]
+        if not all(isinstance(v, list) and all(isinstance(x, _NUMBER) for x in v) for v in lines):
+            raise InputDataError(
+                f"no curve of {name}", file=path, expected="lists of numbers recall and precision", next=_AGAIN
+            )
+    return curves
 
 
 def read_run(folder: Path, name: str | None = None) -> RunFacts:
@@ -104,8 +160,8 @@ def read_run(folder: Path, name: str | None = None) -> RunFacts:
         evaluation=evaluation,
         meta=meta,
         log=log,
-        scores=_json(evaluation / "metrics_summary.json") if evaluation else {},
-        curves=_json(evaluation / "metrics_details.json") if evaluation else {},
+        scores=_scores(evaluation / "metrics_summary.json") if evaluation else {},
+        curves=_curves(evaluation / "metrics_details.json") if evaluation else {},
         detail=detail,
         commands=read_commands(training.parent, training, *([evaluation] if evaluation else [])),  # a run of stages: the parent
     )

@@ -156,7 +156,7 @@ def late_history(history: Sequence[int]) -> tuple[int, ...]:
 
 def with_late_radar(batch: Batch, history: Sequence[int]) -> Batch:
     """Every slot gets the radar of one keyframe earlier; the batch holds ``late_history(history)``. The car's own motion is
-    known, so places are right; what moved meanwhile is not. The clip's first keyframe has no radar."""
+    known, so places are right; what moved meanwhile is not. Before the clip there is no radar: its first keyframe has none."""
     import torch
 
     points, asked = batch.radar, late_history(history)
@@ -164,6 +164,8 @@ def with_late_radar(batch: Batch, history: Sequence[int]) -> Batch:
     slot_of = torch.full((len(asked),), -1, device=points.time_index.device)
     slot_of[[asked.index(o - 1) for o in history]] = torch.arange(len(history), device=slot_of.device)
     slot = slot_of[points.time_index]
+    if batch.history_valid_BT is not None:  # a slot before the clip repeats its oldest keyframe, which would not be late
+        slot = torch.where(batch.history_valid_BT[points.batch_index, points.time_index], slot, -1)
     changes: dict[str, Any] = {"radar": _radar_where(replace(points, time_index=slot), slot >= 0)}
     for name in ("images_BTVCHW", "image_from_camera_BTV33", "bev_from_camera_BTV44", "history_valid_BT"):
         value = getattr(batch, name)

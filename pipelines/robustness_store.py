@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["FOLDER", "Row", "Store", "truth_hash"]
 
 FOLDER = "conditions"
-PROTOCOL = 2  # raised when a condition's meaning or its scoring changes
+PROTOCOL = 3  # raised when a condition's meaning or its scoring changes
 _NUMBERS = ("nds", "mean_ap", "occurring")
 
 

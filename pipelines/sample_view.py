@@ -68,10 +68,10 @@ class SampleView:
 
 
 def _cameras(cache: Cache, row: int) -> tuple[CameraView, ...]:
-    if "images" not in cache.fields or cache.recipe.images_mode == "reference":
+    if not {"images", "camera_calibration"} <= set(cache.fields) or cache.recipe.images_mode == "reference":
         return ()
     images, calibration = cache.decode("images", row), cache.decode("camera_calibration", row)
-    depth = cache.decode("depth_points", row) if "depth_points" in cache.fields else None
+    depth = cache.decode("depth_points", row) if {"depth_points", "depth_count"} <= set(cache.fields) else None
     full_h, full_w = cache.suite.image_hw_px
     stamp = int(cache.index["timestamp_us"][cache.line(row)].as_py())
     declared = [c for c in cache.suite.cameras if c in cache.recipe.sensors]

@@ -11,6 +11,7 @@ from typing import Any
 
 from imkd_data.errors import ImkdError
 from imkd_models.checkpoint import load_checkpoint
+from pipelines.predict import trained_sweeps
 from pipelines.run import Run
 
 __all__ = [
@@ -135,19 +136,18 @@ def teacher_warnings(
 
 def sweep_warnings(run: Run, teachers: Mapping[str, Path | str], stored: int) -> list[str]:
     """One line per teacher that was trained on another number of LiDAR sweeps than this run shows it. stored: sweeps of the
-    cache, which 0 stands for."""
+    cache, which 0 stands for here, and for a teacher whose checkpoint does not say how many its own cache held."""
     lines = []
-    shown = run.loader.lidar_sweeps or stored
+    shown = min(run.loader.lidar_sweeps or stored, stored)
     for name, path in teachers.items():
-        loader = dict(dict(load_checkpoint(path).meta.get("run") or {}).get("loader") or {})
+        meta = load_checkpoint(path).meta
+        loader = dict(dict(meta.get("run") or {}).get("loader") or {})
         if name == "label" or "lidar_sweeps" not in loader:  # the label encoder reads the truth; imported weights say nothing
             continue
-        trained = int(loader["lidar_sweeps"]) or stored
+        trained = trained_sweeps(meta, "lidar_sweeps") or stored
         if trained != shown:
-            lines.append(
-                f"teacher {name} was trained on {trained} LiDAR sweeps and is shown {shown} here: "
-                f"--set loader.lidar_sweeps={trained}"
-            )
+            fits = f"--set loader.lidar_sweeps={trained}" if trained <= stored else f"build the cache with {trained}"
+            lines.append(f"teacher {name} was trained on {trained} LiDAR sweeps and is shown {shown} here: {fits}")
     return lines
 
 

@@ -96,7 +96,10 @@ def _stoppable(root: Path, scenes: int) -> Iterator[None]:
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemError) as error:
+        if isinstance(error, SystemError) and not received:
+            raise
+        # A compiled kernel that is interrupted hands the KeyboardInterrupt on as a SystemError.
         number = signal.Signals(received[0] if received else signal.SIGINT)
         raise InterruptedBuildError(
             f"stopped by {number.name}",
@@ -131,12 +134,14 @@ def run_synth(
     ``image_size`` is (height, width) or text ``900x1600``; ``weather`` a sequence or text ``clear,rain,night``.
 
     Raises:
-        UsageError: options that cannot be meant. MismatchError: ``out`` holds something else. InterruptedBuildError: stopped by
-            SIGTERM or Ctrl-C; the same call continues.
+        UsageError: options that cannot be meant, or ``out`` is a file. MismatchError: ``out`` holds something else.
+        InterruptedBuildError: stopped by SIGTERM or Ctrl-C; the same call continues.
     """
     from imkd_data.world import write_world
 
     root = Path(out).expanduser()
+    if root.exists() and not root.is_dir():
+        raise UsageError("--out is a folder", found="a file", file=str(root), next="choose another --out")
     with _stoppable(root, scenes):
         write_world(
             root,

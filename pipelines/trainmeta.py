@@ -54,7 +54,7 @@ def _taken(stage: Run) -> tuple[str, ...]:
 
 
 def cache_meta(cache: Cache, stream: Stream) -> dict[str, Any]:
-    """Identity and sensors of the cache, and versions of the fields that are read."""
+    """Identity, sensors and numbers of sweeps of the cache, and versions of the fields that are read."""
     recipe = cache.recipe
     return {
         "id": cache.id,
@@ -63,6 +63,8 @@ def cache_meta(cache: Cache, stream: Stream) -> dict[str, Any]:
         "version": recipe.version,
         "sensors": list(recipe.sensors),
         "reference_channel": recipe.reference_channel,
+        "lidar_sweeps": recipe.lidar_sweeps,  # what a run means by 0 sweeps, at inference on other data
+        "radar_sweeps": recipe.radar_sweeps,
     }
 
 

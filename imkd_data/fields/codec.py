@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import threading
+import tokenize
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -59,8 +61,8 @@ def array_from_part(part: bytes) -> NDArray[Any]:
         raw = decompress(part)
         start = 10 + int.from_bytes(raw[8:10], "little")
         dtype, shape = _npy_header(raw[:start])
-        array: NDArray[Any] = np.frombuffer(raw, dtype, int(np.prod(shape)), start).reshape(shape)
-    except (RuntimeError, ValueError, OSError, EOFError) as error:
+        array: NDArray[Any] = np.frombuffer(raw, dtype, math.prod(shape), start).reshape(shape)
+    except (RuntimeError, ValueError, OSError, EOFError, OverflowError) as error:
         raise CacheDamageError(
             "a blob part cannot be decoded", rule="blob.decode", expected="npy in a zstd frame", found=str(error)[:200]
         ) from error
@@ -88,9 +90,14 @@ def _npy_header(head: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
     stream = io.BytesIO(head)
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError("not a version 1.0 npy")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    try:
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except (SyntaxError, tokenize.TokenError, TypeError, MemoryError) as error:  # of Python's own parser, which NumPy asks
+        raise ValueError(f"the npy header is malformed: {error}") from error
     if fortran or dtype.hasobject:
         raise ValueError("only C order and plain numbers")
+    if any(type(n) is not int or n < 0 for n in shape):
+        raise ValueError(f"the npy header gives the shape {shape}")
     return dtype, shape
 
 

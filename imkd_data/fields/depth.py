@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from imkd_data.errors import InputDataError
 from imkd_data.fields.base import CacheField, Stored
 from imkd_data.fields.codec import OnePayload, too_many
 from imkd_data.recipe import Recipe
@@ -19,6 +20,8 @@ __all__ = ["DEPTH_FIELDS", "decode_depth"]
 # The codes that ``kernels.project`` writes. Kernels are imported where they compute: loader workers start without numba.
 UV_STEPS_PER_PX = 32
 DEPTH_STEPS_PER_M = 256
+MAX_SIDE_PX = (1 << 16) // UV_STEPS_PER_PX  # of an image: u and v are stored in 16 bits
+_MAX_POINTS = (1 << 16) - 1  # of a camera: so are the counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,20 @@ class _Views:
     widest: tuple[int, str]
 
 
+def _check_size(height_px: int, width_px: int, **where: Any) -> None:
+    """Codes of a larger image would wrap around, and say another place."""
+    if max(height_px, width_px) > MAX_SIDE_PX:
+        raise InputDataError(
+            "camera image is too large for the depth fields",
+            rule="depth.image_size",
+            expected=f"at most {MAX_SIDE_PX:,} px a side",
+            found=f"{width_px} x {height_px}",
+            field="depth_points, depth_intensity, depth_count",
+            next="leave the depth fields out (--fields without them)",
+            **where,
+        )
+
+
 def _project_all(payload: Payload, recipe: Recipe) -> _Views:
     """Every point with depth > 0 inside the image, own car included, sorted by ring, then column (order in the file)."""
     from imkd_data.kernels.project import order_by_ring, project
@@ -46,6 +63,8 @@ def _project_all(payload: Payload, recipe: Recipe) -> _Views:
     table = np.empty((len(payload.sample.cameras), 20))
     for row, frame in zip(table, payload.sample.cameras, strict=True):
         camera = frame.camera
+        where = {"file": frame.path, "token": payload.sample.token, "scene": payload.sample.scene, "channel": camera.name}
+        _check_size(camera.height_px, camera.width_px, **where)
         row[:12] = (camera.ego_from_camera.inverse() @ sweep.ego_from_sensor).matrix34()
         row[12:18], row[18:] = camera.image_from_camera[:2].reshape(6), (camera.width_px, camera.height_px)
     given = np.ascontiguousarray(points.xyz_m.T), np.ascontiguousarray(points.column("intensity")), order, table
@@ -81,11 +100,17 @@ def _fitted(payload: Payload, recipe: Recipe, drops: dict[str, int]) -> _Views:
         if recipe.options.get("on_overflow", "stop") != "drop-far":
             raise too_many(
                 *(f"more LiDAR points in {name} than depth_width", "depth.overflow", n, width, payload),
-                advice=f"--set depth_width={-(-n // 1024) * 1024} (rebuilds the depth fields), or --on-overflow drop-far",
+                advice=_overflow_advice(n),
                 field="depth_points",
             )
         drops["overflow"] = drops.get("overflow", 0) + views.overflow
     return views
+
+
+def _overflow_advice(points: int) -> str:
+    width = min(-(-points // 1024) * 1024, _MAX_POINTS)
+    drop = "--on-overflow drop-far"
+    return f"--set depth_width={width} (rebuilds the depth fields), or {drop}" if points <= width else drop
 
 
 def _in_suite_order(value: NDArray[Any], payload: Payload, suite: SensorSuite) -> NDArray[Any]:
@@ -147,6 +172,9 @@ def _field(name: str, compute: Any, dtype: str, shape: Any, **rest: Any) -> Cach
 
 def _attributes(units: Any, columns: Any = None) -> Any:
     def attributes(recipe: Recipe, suite: SensorSuite) -> dict[str, Any]:
+        # A build asks for these before it touches the cache: the earliest place that knows both field and cameras. A cache
+        # that was built before still opens, as that asks for shapes alone.
+        _check_size(*suite.image_hw_px)
         out: dict[str, Any] = {"frame": "image, full size", "units": units, "cameras": list(suite.cameras)}
         if columns:
             steps = [1 / UV_STEPS_PER_PX, 1 / UV_STEPS_PER_PX, 1 / DEPTH_STEPS_PER_M]

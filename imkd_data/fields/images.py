@@ -19,7 +19,12 @@ __all__ = ["IMAGE_FIELDS", "scaled_jpeg"]
 
 
 def scaled_jpeg(data: bytes, hw_px: tuple[int, int], quality: int) -> bytes:
-    """JPEG -> JPEG of another size (4:2:0, so that every decoder is quick). ValueError when it does not decode.
+    """JPEG -> JPEG of another size (4:2:0, so that every decoder is quick). ValueError when it does not decode."""
+    return _encoded(_resized(data, hw_px), quality)
+
+
+def _resized(data: bytes, hw_px: tuple[int, int]) -> NDArray[np.uint8]:
+    """JPEG -> pixels of another size. ValueError when it does not decode.
 
     The decoder already halves and more on the way (n/8 of the size, the smallest n that is still large enough). That size
     is rarely whole, so the last row may reach past the picture: the resize then takes the exact fraction, else everything
@@ -38,7 +43,12 @@ def scaled_jpeg(data: bytes, hw_px: tuple[int, int], quality: int) -> bytes:
     if pixels.shape[:2] != (height, width) or n < 8:
         whole = (0.0, 0.0, full_width * n / 8, full_height * n / 8)
         pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC, box=whole))
-    pixels = np.ascontiguousarray(pixels)
+    return np.ascontiguousarray(pixels)
+
+
+def _encoded(pixels: NDArray[np.uint8], quality: int) -> bytes:
+    import simplejpeg
+
     return bytes(simplejpeg.encode_jpeg(pixels, quality=quality, colorspace="RGB", colorsubsampling="420"))
 
 
@@ -62,7 +72,7 @@ def _compute(
 
 def _scaled(data: bytes, recipe: Recipe, payload: Payload, frame: ImageFrame) -> bytes:
     try:
-        return scaled_jpeg(data, recipe.image_hw_px, recipe.jpeg_quality)
+        pixels = _resized(data, recipe.image_hw_px)
     except ValueError as error:
         raise InputDataError(
             "camera image does not decode",
@@ -75,6 +85,7 @@ def _scaled(data: bytes, recipe: Recipe, payload: Payload, frame: ImageFrame) ->
             channel=frame.camera.name,
             next="re-extract the file, then run the same command; or add --on-error quarantine",
         ) from error
+    return _encoded(pixels, recipe.jpeg_quality)
 
 
 def _unpack(parts: Mapping[str, bytes], suite: SensorSuite) -> dict[str, bytes]:

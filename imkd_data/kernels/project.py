@@ -42,10 +42,10 @@ def project(
     """Points with depth > 0 inside the image of each camera, in ``order``.
 
     xyz_m (3, N), intensity (N,) whole numbers. cameras (V, 20): camera_from_sensor row major 12, rows 0 and 1 of
-    image_from_camera 6, width and height in px. out (V, 3, W): u, v in 1/32 px from the image's upper left *edge* (pixel
-    centres at integers, so ``floor((u + 0.5) 32)``), depth = camera z in 1/256 m; out_intensity (V, W): the same points. Slots
-    beyond the last point are left as they are, points beyond the last slot are counted only. Returns (V, 2): points inside,
-    and points inside the image but beyond 65535/256 m.
+    image_from_camera 6, width and height in px: at most 2,048, or u and v would wrap; the caller must refuse more. out
+    (V, 3, W): u, v in 1/32 px from the image's upper left *edge* (pixel centres at integers, so ``floor((u + 0.5) 32)``),
+    depth = camera z in 1/256 m; out_intensity (V, W): the same points. Slots beyond the last point are left as they are, points
+    beyond the last slot are counted only. Returns (V, 2): points inside, and points inside the image but beyond 65535/256 m.
     """
     n, width = len(order), out.shape[2]
     # In the order of the output once, so that every camera reads straight through; blocks stay in the first-level cache.

@@ -32,8 +32,9 @@ class PointBatch:
     xyz_m (N, 3) f32; features_NF (N, F) f32, columns feature_names; batch_index (N,) i64 in 0..B-1; time_index (N,) i64
     history slot (0 = current keyframe; always 0 for LiDAR); age_s (N,) f32 >= 0 for the past (key time of its history
     slot minus scan time); velocity_mps (N, 2) f32 compensated, in bev axes, or None.
-    LiDAR features: intensity (reflectance / suite maximum, 0..1), ring. Radar features: rcs_dbsm and the raw state
-    columns that the stream was asked for.
+    LiDAR features: intensity (reflectance / suite maximum, 0..1), ring; where the stream was asked for it near_m: max(|x|, |y|)
+    of a past sweep's point in its own sensor's frame, infinite for points that nobody removes (key scan, pasted objects).
+    Radar features: rcs_dbsm and the raw state columns that the stream was asked for.
     """
 
     xyz_m: Tensor

@@ -143,7 +143,7 @@ class Delivery:
             image_from_camera_BTV33=t.get("image_from_camera"),
             bev_from_camera_BTV44=t.get("bev_from_camera"),
             history_valid_BT=t["history_valid"],
-            lidar=_points(t, "lidar", ("intensity", "ring")),
+            lidar=_points(t, "lidar", self.request.lidar_features),
             radar=_points(t, "radar", self.request.radar_features),
             bev_maps=self._bev_maps(t),
             image_maps={} if depth is None else {"depth_BVHW": depth},

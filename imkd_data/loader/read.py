@@ -8,7 +8,7 @@ pooling planes) is done by ``deliver`` on the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 from imkd_data.errors import InputDataError, MissingFeatureError
 from imkd_data.loader.augment import ImageDraw, draw_bev, draw_images, draw_radar, move_boxes
 from imkd_data.loader.paste import Pasted, Paster
-from imkd_data.loader.request import PARTS, PLANES, RADAR_FILTERS, StreamRequest
+from imkd_data.loader.request import LIDAR_FEATURES, PARTS, PLANES, RADAR_FILTERS, StreamRequest
 from imkd_data.loader.rows import read_rows
 
 if TYPE_CHECKING:
@@ -280,12 +280,24 @@ class SampleReader:
         keep: Any = slice(None)
         if self.request.lidar_sweeps:
             keep = points["sweep"] < self.request.lidar_sweeps
-        intensity = points["intensity"] / np.float32(self.cache.suite.reflectance_max)
         xyz, age = points["xyz_m"][keep], points["age_s"][keep]
-        features = np.stack([intensity, points["ring"].astype(np.float32)], axis=1)[keep]
+        names = self.request.lidar_features
+        features = np.stack([self._lidar_column(points, name) for name in names], axis=1)[keep]
         if pasted is not None:
+            if names != LIDAR_FEATURES:  # the bank holds these; what it lacks is the distance of points that always stay
+                stored = dict(zip(LIDAR_FEATURES, pasted.features.T, strict=True))
+                endless = np.full(len(pasted.age), np.inf, dtype=np.float32)
+                pasted = replace(pasted, features=np.stack([stored.get(name, endless) for name in names], axis=1))
             xyz, features, age = pasted.into(xyz, features, age)
         return {"xyz": _moved(xyz, bev), "features": features, "age": age}
+
+    def _lidar_column(self, points: Arrays, name: str) -> NDArray[np.float32]:
+        if name == "near_m":
+            return _near_m(points)
+        if name == "intensity":
+            scaled: NDArray[np.float32] = points["intensity"] / np.float32(self.cache.suite.reflectance_max)
+            return scaled
+        return np.asarray(points[name], dtype=np.float32)
 
     def _boxes(self, row: int, bev: F64, pasted: Pasted | None = None) -> Arrays:
         boxes = self.cache.decode("boxes", row)
@@ -300,6 +312,17 @@ class SampleReader:
             "label": np.maximum(boxes.label, 0),
             "valid": (boxes.label >= 0) & boxes.has_point,
         }
+
+
+def _near_m(points: Arrays) -> NDArray[np.float32]:
+    """(N,) max(|x|, |y|) of every past sweep's points in that sweep's own sensor frame, as public loaders measure it before
+    they move the points; infinite in the key scan, of which they remove nothing."""
+    out = np.full(len(points["xyz_m"]), np.inf, dtype=np.float32)
+    for sweep in range(1, len(points["pose"])):
+        matrix, mine = points["pose"][sweep, :12].reshape(3, 4), points["sweep"] == sweep
+        own = (points["xyz_m"][mine] - matrix[:, 3]) @ matrix[:, :2]  # the sensor's x and y axes, seen from ego
+        out[mine] = np.abs(own).max(axis=1)
+    return out
 
 
 def _moved(xyz_m: NDArray[np.float32], move: F64) -> NDArray[np.float32]:

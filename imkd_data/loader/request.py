@@ -14,7 +14,16 @@ from imkd_data.loader.augment import IDENTITY, AugmentConfig
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
 
-__all__ = ["PARTS", "PLANES", "RADAR_FILTERS", "StreamRequest", "available_parts", "check_request", "normalised_parts"]
+__all__ = [
+    "LIDAR_FEATURES",
+    "PARTS",
+    "PLANES",
+    "RADAR_FILTERS",
+    "StreamRequest",
+    "available_parts",
+    "check_request",
+    "normalised_parts",
+]
 
 PLANES: tuple[str, ...] = ("lidar_bev_sum", "lidar_bev_count", "lidar_bev_max", "lidar_bev_z_of_max")
 
@@ -30,6 +39,8 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 }
 _PART_OF = {"depth_points": "depth", "depth_count": "depth", **dict.fromkeys(PLANES, "intensity_planes")}
 _ALWAYS = ("camera_calibration",)
+LIDAR_FEATURES: tuple[str, ...] = ("intensity", "ring")  # columns of every LiDAR batch that asks for no others
+_LIDAR_COLUMNS = (*LIDAR_FEATURES, "near_m")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +49,8 @@ class StreamRequest:
 
     parts: names from PARTS, or BEV fields of the cache. history: keyframe offsets, newest first. image_hw_px: size of
     delivered images. grid: grid of ``lidar_intensity``. radar_features: columns of the radar batch (``rcs_dbsm`` = the
-    raw ``rcs``). lidar_sweeps, radar_sweeps: newest scans used, 0 = all stored. intensity_from: planes | view.
+    raw ``rcs``). lidar_features: columns of the LiDAR batch, see ``PointBatch``. lidar_sweeps, radar_sweeps: newest scans
+    used, 0 = all stored. intensity_from: planes | view.
     """
 
     parts: tuple[str, ...]
@@ -49,6 +61,7 @@ class StreamRequest:
     radar_filter: str = "crn"
     radar_features: tuple[str, ...] = ("rcs_dbsm",)
     radar_sweeps: int = 0
+    lidar_features: tuple[str, ...] = LIDAR_FEATURES
     lidar_sweeps: int = 0
     intensity_from: str = "planes"
 
@@ -57,6 +70,8 @@ class StreamRequest:
             raise UsageError("history starts with 0 and goes into the past", expected="(0, -2)", found=str(self.history))
         if self.radar_filter not in RADAR_FILTERS:
             raise UsageError("unknown radar filter", expected=", ".join(RADAR_FILTERS), found=self.radar_filter)
+        if unknown := [n for n in self.lidar_features if n not in _LIDAR_COLUMNS]:
+            raise UsageError("unknown LiDAR column", expected=", ".join(_LIDAR_COLUMNS), found=", ".join(unknown))
         if self.intensity_from not in ("planes", "view"):
             raise UsageError("intensity_from", expected="planes or view", found=self.intensity_from)
 

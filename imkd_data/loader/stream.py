@@ -23,7 +23,7 @@ from imkd_data.loader.batch import Batch
 from imkd_data.loader.deliver import Delivery
 from imkd_data.loader.order import Order, Shuffle, check_state, selection_hash
 from imkd_data.loader.read import Packed, SampleReader
-from imkd_data.loader.request import StreamRequest, available_parts, check_request, normalised_parts
+from imkd_data.loader.request import LIDAR_FEATURES, StreamRequest, available_parts, check_request, normalised_parts
 from imkd_data.loader.rows import TRAIN_SPLITS, check_no_scene_in_two_splits, read_rows, select_rows
 from imkd_data.loader.work import (
     LOOK_EVERY_S,
@@ -271,6 +271,7 @@ def stream(
     radar_filter: str = "crn",
     radar_features: Sequence[str] = ("rcs_dbsm",),
     radar_sweeps: int = 0,
+    lidar_features: Sequence[str] = LIDAR_FEATURES,
     lidar_sweeps: int = 0,
     intensity_from: str = "planes",
     device: torch.device | str = "cpu",
@@ -290,6 +291,7 @@ def stream(
         image_hw_px: delivered image size, default the public 256 x 704 scaled to the data set's aspect ratio.
         grid: grid of the intensity map, default the cache's view grid.
         drop_last: drop the last incomplete global batch; False pads it with rows marked in ``padding_B``.
+        lidar_features: columns of the LiDAR batch; ``near_m`` besides for networks that leave close points of sweeps out.
         rows: an explicit selection (global row numbers, repetition allowed) instead of a split.
         on_bad_sample: ``stop`` raises the error of a damaged sample; ``skip`` puts the next position's sample in its place
             and remembers the token in ``Stream.skipped``.
@@ -313,6 +315,7 @@ def stream(
         radar_filter=radar_filter,
         radar_features=tuple(radar_features),
         radar_sweeps=radar_sweeps,
+        lidar_features=tuple(lidar_features),
         lidar_sweeps=lidar_sweeps,
         intensity_from=intensity_from,
     )

@@ -60,7 +60,8 @@ def open_nuscenes(
 
     sensors: declared channels (default all twelve). reference_channel: whose keyframe time ``ego`` means; default LIDAR_TOP if
     it is declared, else the first declared sensor. strict: odd but legal files are errors. Raises UsageError (unknown
-    sensor), SourceMissingError (no such version or table), InputDataError (broken tables).
+    sensor), RecipeError (a number of sweeps that no recipe can have), SourceMissingError (no such version or table),
+    InputDataError (broken tables).
     """
     return NuScenesReader(Path(dataroot), version, _declared(sensors), lidar_sweeps, radar_sweeps, reference_channel, strict)
 
@@ -129,6 +130,9 @@ class NuScenesReader:
         reference_channel: str | None,
         strict: bool,
     ) -> None:
+        for name, sweeps in (("lidar_sweeps", lidar_sweeps), ("radar_sweeps", radar_sweeps)):
+            if type(sweeps) is not int or sweeps < 1:  # how many a cache can hold is the recipe's to say
+                raise UsageError(f"{name} is no number of sweeps", expected="a whole number, at least 1", found=repr(sweeps))
         self.dataroot = Path(os.path.abspath(dataroot.expanduser()))
         self.version = version
         self.sensors = sensors

@@ -17,6 +17,7 @@ __all__ = ["SceneBoxes", "annotation_velocities"]
 
 _MAX_VELOCITY_GAP_S = 1.5  # the devkit's limit for velocities by difference
 _NORM_BAD = 0.1
+_LEVELS = {"v0-40": 1, "v40-60": 2, "v60-80": 3, "v80-100": 4}  # names of visibility.json, whatever their order and tokens
 
 
 def annotation_velocities(tables: NuScenesTables, rows: NDArray[Any]) -> F64:
@@ -49,7 +50,9 @@ class SceneBoxes:
         self.instance = t.ann_instance[rows]
         self.translation, self.size = t.ann_translation[rows], t.ann_size[rows]
         self.quaternion, self.points = t.ann_quaternion[rows], t.ann_points[rows]
-        self.visibility, self.attribute = t.ann_visibility[rows], t.ann_attribute[rows]
+        self.visibility_row, self.attribute = t.ann_visibility[rows], t.ann_attribute[rows]
+        levels = np.array([*(_LEVELS.get(name, 0) for name in t.visibility_level), 0], dtype=np.int32)
+        self.visibility = levels[np.maximum(self.visibility_row, -1)]  # 1..4, 0 = unknown
         self.velocity = annotation_velocities(t, rows)
         self.token: list[str] = t.ann_token.take(rows).to_pylist()
         self.track_token: list[str] = t.ann_instance_token.take(rows).to_pylist()
@@ -63,7 +66,7 @@ class SceneBoxes:
         category = np.where(instance >= 0, t.instance_category[np.maximum(instance, 0)], -2)
         rules: list[tuple[str, str, NDArray[np.bool_]]] = [
             ("annotation.instance", "an instance with a category", (instance < 0) | (category < 0)),
-            ("annotation.visibility", "an empty or known visibility_token", self.visibility == -2),
+            ("annotation.visibility", "an empty or known visibility_token", self.visibility_row == -2),
             ("annotation.attribute", "no or known attribute_tokens", self.attribute == -2),
             ("annotation.chain", "prev and next in sample_annotation", (t.ann_prev[rows] == -2) | (t.ann_next[rows] == -2)),
             ("annotation.centre", "a finite centre", ~np.isfinite(self.translation).all(axis=1)),
@@ -109,7 +112,7 @@ class SceneBoxes:
             "num_lidar": self.points[:, 0],
             "num_radar": self.points[:, 1],
             "attribute": attribute,
-            "visibility": self.visibility.astype(np.int64) + 1,
+            "visibility": self.visibility.astype(np.int64),
             "track": track,
         }
         for column in self.columns.values():
@@ -131,5 +134,6 @@ class SceneBoxes:
         category = [t.category_name[c] if c >= 0 else "" for c in t.instance_category[self.instance[of]].tolist()]
         attribute = [t.attribute_name[a] if a >= 0 else "" for a in self.attribute[of].tolist()]
         names = [self.token[of], self.track_token[of], category, attribute]
-        arrays = [self.translation, self.size, self.quaternion, self.points, self.visibility, self.velocity]
+        level = self.visibility - np.int32(1)  # the row of it in the usual table: so keys of older caches stay as they are
+        arrays = [self.translation, self.size, self.quaternion, self.points, level, self.velocity]
         return [*names, *(a[of] for a in arrays)]

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ class SceneBuilder:
         self._channel_row = {c: i for i, c in enumerate(tables.channels)}
         order = np.lexsort((tables.sample_timestamp, tables.sample_scene))
         starts = np.searchsorted(tables.sample_scene[order], np.arange(len(tables.scene_name) + 1))
-        self._rows = np.split(order, starts[1:-1])
+        self._rows = [order[start:stop] for start, stop in pairwise(starts.tolist())]
 
     def samples(self, scene: int, split: str) -> tuple[tuple[Sample, ...], SceneBoxes]:
         """All samples of scene row ``scene`` in time order, and their annotations in the same order. Raises the first problem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ _OPTIONAL = frozenset(
 
 @dataclass(slots=True)
 class NuScenesTables:
-    """Columns by table (prefix), row numbers instead of tokens (-1 = empty, -2 = points nowhere).
+    """Columns by table (prefix), row numbers instead of tokens (-1 = empty, -2 = points nowhere; every sample has a scene and
+    every annotation a sample).
 
     Poses: rotation (R, 3, 3), translation (R, 3), f64. ``norm``: length of the stored quaternion. Annotation rows are grouped
     by sample: rows ``ann_order[ann_start[s]:ann_start[s + 1]]`` belong to sample row s, in table order. ``key_row`` (samples,
@@ -116,6 +118,7 @@ class NuScenesTables:
     channels: list[str]
     sensor_token: list[str]
     visibility_token: list[str]
+    visibility_level: list[str]
     attribute_token: list[str]
     cal_token: list[str]
     cal_channel: I32
@@ -199,7 +202,7 @@ def _with_rows(name: str, table: pa.Table, raw: dict[str, pa.Table]) -> pa.Table
     return table
 
 
-def _stop(problems: list[ImkdError]) -> None:
+def _stop(problems: Sequence[ImkdError]) -> None:
     if not problems:
         return
     first = problems[0]
@@ -253,6 +256,23 @@ def _rotations(quaternion: F64) -> tuple[F64, F64]:
         return rotation_from_quaternion(quaternion), norm
 
 
+def _nowhere(folder: Path, name: str, column: str, table: pa.Table) -> list[InputDataError]:
+    """F25: rows that belong to no row of the table above theirs. They would end up elsewhere or vanish, without a word."""
+    rows = np.asarray(table[column].to_numpy())
+    return [
+        InputDataError(
+            f"table {name}: row {i} has a wrong {column}",
+            rule="table.key",
+            expected=f"the token of a row of {_KEYS[name][column]}",
+            found="nothing" if rows[i] == -1 else "a token that is not there",
+            file=f"{folder.name}/{name}.json",
+            token=table["token"][i].as_py(),
+            next="unpack the metadata archive of this version again",
+        )
+        for i in np.flatnonzero(rows < 0)[:20].tolist()
+    ]
+
+
 def _resolve(folder: Path, raw: dict[str, pa.Table]) -> NuScenesTables:
     """The columns as they are used. Big ones leave ``raw`` when they are taken, so that memory holds them once."""
 
@@ -272,6 +292,8 @@ def _resolve(folder: Path, raw: dict[str, pa.Table]) -> NuScenesTables:
         raw[table] = raw[table].drop_columns([column])
         return values
 
+    owners = (("sample", "scene_token"), ("sample_annotation", "sample_token"))
+    _stop([lost for table, column in owners for lost in _nowhere(folder, table, column, raw[table])])
     location = texts("log", "location")
     channels = texts("sensor", "channel")
     cal_quaternion = vectors("calibrated_sensor", "rotation", 4)
@@ -293,6 +315,7 @@ def _resolve(folder: Path, raw: dict[str, pa.Table]) -> NuScenesTables:
         channels=channels,
         sensor_token=texts("sensor", "token"),
         visibility_token=texts("visibility", "token"),
+        visibility_level=texts("visibility", "level"),
         attribute_token=texts("attribute", "token"),
         cal_token=texts("calibrated_sensor", "token"),
         cal_quaternion=cal_quaternion,

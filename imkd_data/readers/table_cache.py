@@ -24,7 +24,7 @@ import pyarrow as pa
 __all__ = ["TABLE_CACHE_VARIABLE", "kept_tables"]
 
 TABLE_CACHE_VARIABLE = "IMKD_TABLE_CACHE"  # another folder, or "off"
-_FORMAT = 1
+_FORMAT = 2  # 2: rows that point nowhere are refused, so entries made before could hide them
 _MIN_BYTES = 64 << 20
 T = TypeVar("T")
 
@@ -40,7 +40,10 @@ def kept_tables(folder: Path, names: tuple[str, ...], kind: type[T], make: Calla
         return make()  # its errors name the table
     if small or root is None:
         return make()
-    place = root / _key(files, kind)
+    try:
+        place = root / _key(files, kind)
+    except OSError:
+        return make()  # its errors name the table
     found = _load(place, kind)
     if found is not None:
         return found

@@ -1,11 +1,13 @@
 """JSON tables (an array of flat objects) -> Arrow columns, without a Python object per row for the big ones.
 
 nuScenes keeps 2.6 million rows in one JSON array. Small tables go through the strict standard parser. Big ones are cut into
-blocks of whole objects, each parsed by Arrow; what Arrow refuses is parsed again by the strict parser only to say where.
+blocks of whole objects, each parsed by Arrow; what Arrow refuses, or could take though it is not JSON, goes to the strict
+parser as well, which says where.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -34,7 +36,7 @@ def read_table(
     """One table with exactly the schema's columns (others are not read).
 
     Raises SourceMissingError (no file), InputDataError with table and byte offset (not JSON, NaN, byte-order mark, cut off), or
-    with row and column (missing or mistyped value; ``optional`` columns may be missing and are null then).
+    with row and column (missing, mistyped or too large value; ``optional`` columns may be missing and are null then).
     """
     try:
         size = path.stat().st_size
@@ -63,7 +65,29 @@ def read_table(
                 expected=f"a value of type {schema.field(name).type}",
                 token=token,
             )
+        _check_finite(path, name, table)
     return table
+
+
+def _check_finite(path: Path, name: str, table: pa.Table) -> None:
+    """Both parsers read 1e400 as infinity."""
+    start = 0
+    for chunk in table[name].chunks:
+        levels = [chunk]
+        while pa.types.is_list(levels[-1].type):
+            levels.append(pc.list_flatten(levels[-1]))
+        if pa.types.is_floating(levels[-1].type):
+            finite = pc.is_finite(levels.pop())
+            if pc.all(finite).as_py() is False:
+                row = pc.index(finite, False)
+                for lists in reversed(levels):
+                    row = pc.list_parent_indices(lists)[row.as_py()]
+                i = start + int(row.as_py())
+                token = table["token"][i].as_py() if "token" in table.schema.names else None
+                found = str(table[name][i].as_py())[:80]
+                what = f"row {i} has a wrong {name}"
+                raise _bad(path, what, "table.column", expected="finite numbers", found=found, token=token)
+        start += len(chunk)
 
 
 def _bad(path: Path, what: str, rule: str, **details: Any) -> InputDataError:
@@ -92,6 +116,10 @@ def _strict_rows(path: Path, data: bytes, base: int = 0) -> list[dict[str, Any]]
         raise _bad(
             path, f"is not JSON ({error.msg})", "table.json", expected="whole JSON", found=f"{where} at byte {base + offset:,}"
         ) from error
+    except InputDataError:
+        raise
+    except ValueError as error:
+        raise _bad(path, f"is not JSON ({error})", "table.json", expected="numbers of a sane length") from error
     except RecursionError as error:
         raise _bad(path, "is nested too deeply", "table.json", expected="an array of flat objects") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -111,20 +139,21 @@ def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
     return pa.array(values, type=kind)
 
 
-def _from_rows(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+def _from_rows(path: Path, rows: list[dict[str, Any]], schema: pa.Schema, start: int = 0) -> pa.Table:
+    """``start``: how many rows of the table stand before these."""
     columns = []
     for item in schema:
         values = [row.get(item.name) for row in rows]
         try:
             columns.append(_column(values, item.type))
         except _MISTYPED as error:
-            raise _mistyped(path, item, rows, error) from error
+            raise _mistyped(path, item, rows, error, start) from error
     return pa.table(columns, schema=schema)
 
 
-def _mistyped(path: Path, item: pa.Field, rows: list[dict[str, Any]], error: Exception) -> InputDataError:
+def _mistyped(path: Path, item: pa.Field, rows: list[dict[str, Any]], error: Exception, start: int) -> InputDataError:
     kind = str(item.type)
-    for i, row in enumerate(rows):
+    for i, row in enumerate(rows, start):
         try:
             _column([row.get(item.name)], item.type)
         except _MISTYPED:
@@ -146,7 +175,11 @@ def _blocks(handle: BinaryIO) -> Iterator[tuple[bytes, int]]:
 
 
 def _read_big(path: Path, schema: pa.Schema) -> pa.Table:
-    """Arrow's parser over blocks. Each block loses the array's brackets and gets one row a line."""
+    """Arrow's parser over blocks. Each block loses the array's brackets and gets one row a line.
+
+    Arrow takes more than JSON has: what it could let through (numbers that are none, other bytes than UTF-8, rows without a
+    comma between) goes to the strict parser, which refuses it or finds it inside a text.
+    """
     # One thread is as quick here and leaves less memory behind.
     options = pj.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES + (1 << 20))
     parse = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
@@ -159,25 +192,38 @@ def _read_big(path: Path, schema: pa.Schema) -> pa.Table:
                 if not body.startswith(b"["):
                     _strict_rows(path, body)
                     raise _bad(path, "is not an array of objects", "table.json", expected="[{...}, ...]")
-                body = body[1:]
-            body = body.lstrip(_SPACE + b",")
+                body = body[1:].lstrip(_SPACE)
+            elif body.startswith(b","):
+                body = body[1:].lstrip(_SPACE)
+            else:
+                found = f"broken at byte {offset + raw.find(body[:64]):,}"
+                raise _bad(path, "is not JSON (Expecting ',' delimiter)", "table.json", expected="whole JSON", found=found)
             if body.endswith(b"]"):
                 body, closed = body[:-1].rstrip(_SPACE), True
             if not body:
                 continue
-            try:
-                lines = _BETWEEN.sub(b"}\n{", body.translate(_LINES))
-                tables.append(pj.read_json(pa.BufferReader(lines), read_options=options, parse_options=parse))
-            except pa.ArrowInvalid as error:
+            table: pa.Table | None = None
+            if not (b"NaN" in body or b"Inf" in body or not _is_utf8(body)):
+                lines, borders = _BETWEEN.subn(b"}\n{", body.translate(_LINES))
+                with contextlib.suppress(pa.ArrowInvalid):
+                    table = pj.read_json(pa.BufferReader(lines), read_options=options, parse_options=parse)
+            if table is None or table.num_rows != borders + 1:
                 start = offset + raw.find(body[:64]) - 1
                 rows = _strict_rows(path, b"[" + body + b"]", start)  # raises with the offset, unless only a type is wrong
-                tables.append(_from_rows(path, rows, schema))
-                del error
+                table = _from_rows(path, rows, schema, sum(t.num_rows for t in tables))
+            tables.append(table)
     if not closed:
         raise _bad(
             path, "is cut off", "table.json", expected="']' at the end", found=f"the file ends at byte {path.stat().st_size:,}"
         )
     return _joined(tables, schema) if tables else schema.empty_table()
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        return data.isascii() or bool(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        return False
 
 
 def _joined(tables: list[pa.Table], schema: pa.Schema) -> pa.Table:

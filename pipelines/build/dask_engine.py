@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from imkd_data.cache.write import ShardJob
-from imkd_data.errors import ImkdError, InputDataError, NoProgressError, SourceMissingError
+from imkd_data.errors import ImkdError, InputDataError, NoProgressError, SourceMissingError, UsageError
 from pipelines.build.jobs import Common, Done, pack, run_job
 from pipelines.build.pool import TRIES, Deaths, _interrupts_ignored
 
@@ -36,6 +36,7 @@ def _client(engine: Engine, jobs: int) -> Iterator[Any]:
     from distributed import Client, LocalCluster
 
     if "://" in engine.executor:
+        _check_address(engine.executor)
         try:  # errors of the build pass through here later on, and some of them are OSErrors
             client = Client(engine.executor, timeout=CONNECT_S, set_as_default=False)
         except OSError as error:
@@ -70,6 +71,28 @@ def _client(engine: Engine, jobs: int) -> Iterator[Any]:
                 yield client
         finally:
             cluster.close(timeout=8)
+
+
+def _check_address(text: str) -> None:
+    """UsageError for what cannot be a scheduler's address; a client made with it would wait at the end of the program."""
+    from distributed.comm.addressing import parse_address, parse_host_port
+    from distributed.comm.registry import get_backend
+
+    try:
+        scheme, place = parse_address(text)
+        get_backend(scheme)
+        if scheme in ("tcp", "tls"):
+            host, port = parse_host_port(place)
+            if not host or not 0 < port < 1 << 16:
+                raise ValueError("no host, or no port of 1 to 65535")
+    except (ValueError, TypeError, ImportError) as error:
+        raise UsageError(
+            f"not an address: {error}",
+            rule="dask.address",
+            expected="tcp://HOST:PORT",
+            found=text,
+            next="give the address that dask scheduler prints",
+        ) from error
 
 
 def run_dask(engine: Engine, common: Common, jobs: Sequence[ShardJob]) -> Iterator[Done]:

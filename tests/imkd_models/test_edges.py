@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from batches import ODD_GRID, make_batch, small_lidar, small_student
+from batches import ODD_GRID, make_batch, small_lidar, small_student, with_near
 from test_student import VARIANTS
 
 from imkd_data.loader.batch import Batch, PointBatch
@@ -78,7 +78,7 @@ def strange_boxes(batch: Batch) -> Batch:
 def test_everything_stays_finite(name, training):
     torch.manual_seed(0)
     model = NETWORKS[name]().train(training)
-    batch = make_batch(slots=len(getattr(model.config, "history", (0,))))
+    batch = with_near(make_batch(slots=len(getattr(model.config, "history", (0,)))))
     for i, change in enumerate((one_cell, one_point, on_edges, not_numbers, no_box_rows, strange_boxes)):
         changed, low_precision = change(batch), (i % 2 == 0) == training
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low_precision):

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from batches import ODD_GRID, make_batch, small_lidar, small_student
+from batches import ODD_GRID, make_batch, small_lidar, small_student, with_near
 from torch import nn
 
 from imkd_data.errors import InputDataError, MismatchError, UsageError
@@ -173,10 +173,9 @@ def test_decoded_boxes_are_the_same_in_both_conventions(boxes):
     # The network as its authors run it: LiDAR axes from the beginning to the boxes.
     grid = network_grid(ODD_GRID)
     assert grid.shape == (ODD_GRID.nx, ODD_GRID.ny) and grid.x_min_m == -ODD_GRID.y_max_m
-    mount = (-ours.config.mount_m[1], ours.config.mount_m[0], 0.0)
-    public = LidarDetector(ours.config.with_values(convention="bev", grid=grid, mount_m=mount)).eval()
+    public = LidarDetector(ours.config.with_values(convention="bev", grid=grid)).eval()
     import_state("centerpoint_mmdet3d", public_state("centerpoint_mmdet3d", ours), public)
-    batch = make_batch(ground=500)
+    batch = with_near(make_batch(ground=500))
     x, y, z = batch.lidar.xyz_m.unbind(-1)
     lidar = dataclasses.replace(batch.lidar, xyz_m=torch.stack([-y, x, z - height], dim=1))
     options = DecodeOptions(nms="none", per_sample=40, margin_m=100, candidates=40)
@@ -209,7 +208,7 @@ def test_turning_there_and_back_is_exact():
 
 
 def test_maps_features_and_neck_of_an_imported_teacher_lie_in_bev():
-    model, batch = imported("mmdet3d_lwh"), make_batch()
+    model, batch = imported("mmdet3d_lwh"), with_near(make_batch())
     out = model(batch)
     assert {k: tuple(v.shape[1:]) for k, v in out.features.items()} == model.feature_shapes
     torch.testing.assert_close(model.read_neck(out.features), out.features["bev_neck"])

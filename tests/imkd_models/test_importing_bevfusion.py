@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from batches import make_batch
+from batches import make_batch, small_fusion, small_student, with_near
 from public_names import Names, State, crkd_teacher, level_neck, public_boxes, swin_tiny
 from torch import Tensor
 from torch.nn import functional
@@ -18,7 +18,7 @@ from imkd_data.errors import RecipeError, UsageError
 from imkd_data.geometry import BevGrid
 from imkd_models.bevfusion import sparse_depth
 from imkd_models.camera import BACKBONES, ImageEncoder, build_backbone
-from imkd_models.detector import StudentDetector
+from imkd_models.detector import FusionDetector, StudentDetector
 from imkd_models.head import DecodeOptions, decode
 from imkd_models.importing import SOURCES, import_state
 from imkd_models.keymap import public_key
@@ -168,7 +168,7 @@ def lidar_axes(batch, height: float) -> tuple[Tensor, Tensor]:
     lidar = batch.lidar
     x, y, z = lidar.xyz_m.unbind(-1)
     points = torch.stack([-y, x, z - height, lidar.column("intensity") * 255, lidar.age_s], dim=1)
-    close = (lidar.age_s > 0) & (points[:, 0].abs() < 1) & ((points[:, 1] - 0.943713).abs() < 1)
+    close = lidar.column("near_m") < 1
     low, high = torch.tensor([-GRID.y_max_m, GRID.x_min_m, -5.0]), torch.tensor([GRID.y_max_m, GRID.x_max_m, 3.0])
     keep = ~close & (points[:, :3] > low).all(1) & (points[:, :3] < high).all(1)
     return points[keep], lidar.batch_index[keep]
@@ -273,7 +273,7 @@ def small():
     import_state("crkd:teacher", state, model)
     batch = make_batch(GRID, boxes=6, ground=120)
     past = torch.arange(len(batch.lidar.age_s)) % 3 * 0.05
-    return model, state, dataclasses.replace(batch, lidar=dataclasses.replace(batch.lidar, age_s=past))
+    return model, state, with_near(dataclasses.replace(batch, lidar=dataclasses.replace(batch.lidar, age_s=past)))
 
 
 def test_the_teacher_equals_the_network_in_its_own_axes(small):
@@ -371,6 +371,9 @@ def test_sparse_depth_on_edges_and_without_points():
 def test_what_cannot_be_built_is_refused():
     with pytest.raises(RecipeError, match="which a student never does"):
         StudentDetector(crkd_r50_config(radar=False, depth_net="lidar_points", calibration=False))
+    with pytest.raises(RecipeError, match="depth_input reads LiDAR depth, which a student never does"):
+        StudentDetector(small_student(depth_input=True))
+    assert FusionDetector(small_fusion()).camera.config.depth_input  # a teacher may
     with pytest.raises(RecipeError, match="stride_px 8"):
         crkd_swin_t_config(stride_px=16)
     with pytest.raises(RecipeError, match="whole millimetres"):

@@ -194,6 +194,20 @@ def test_decoded_boxes_equal_those_of_the_network_in_its_own_axes():
         assert found.velocity_mps[i].tolist() == pytest.approx([box[8], -box[7]], abs=1e-3)
 
 
+def test_padding_of_radar_cells_counts_in_training_as_in_evaluation():
+    """The zero rows of a cell with fewer points take part in both, by the norms' running statistics, which they leave alone."""
+    model, batch = small(), make_batch(GRID, boxes=14)
+    encoder = model.radar
+    expected = encoder(batch.radar, 0, len(batch))
+    encoder.train()
+    for layer in encoder.layers:
+        layer["norm"].eval()  # the same statistics for the points: what differs is the padding
+    assert torch.equal(encoder(batch.radar, 0, len(batch)), expected)
+    encoder.train()
+    encoder(batch.radar, 0, len(batch))
+    assert [int(layer["norm"].num_batches_tracked) for layer in encoder.layers] == [1] * len(encoder.layers)
+
+
 def test_it_trains_and_every_parameter_gets_a_gradient():
     model, batch = small().train(), make_batch(GRID, boxes=14)
     out = model(batch)

@@ -8,13 +8,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from batches import ODD_GRID, make_batch, make_boxes, small_lidar
+from batches import ODD_GRID, make_batch, make_boxes, small_fusion, small_lidar, small_student, with_near
 from test_radar import keep
 
+from imkd_data.classes import CLASS_GROUPS
 from imkd_data.errors import MismatchError, MissingFeatureError, RecipeError, UsageError
 from imkd_data.geometry import BevGrid
 from imkd_data.loader.batch import BoxBatch
-from imkd_models.detector import LidarDetector
+from imkd_models.convention import lidar_features, near_sensor, points_to_network, without_near
+from imkd_models.detector import FusionDetector, LidarDetector
 from imkd_models.head import DecodeOptions, decode
 from imkd_models.label import LabelEncoder, label_maps
 from imkd_models.lidar import PillarEncoder, finer
@@ -43,6 +45,34 @@ def test_two_stage_neck_has_512_channels_and_hides_its_stem():
         centerpoint_pillar_config(neck_stages=1)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pillars_per_cell": 1},
+        {"pillars_per_cell": 3},
+        {"pillars_per_cell": 0},
+        {"pillars_per_cell": -2},
+        {"encoder": "resnet34", "pillars_per_cell": 4},
+        {"encoder": "resnet34"},
+        {"encoder": "voxel", "pillars_per_cell": 4},
+    ],
+)
+def test_pillars_that_do_not_come_back_to_the_head_grid_are_refused(changes):
+    with pytest.raises(RecipeError, match="pillars_per_cell") as caught:
+        small_lidar(**changes)
+    assert caught.value.details["found"] == str(changes.get("pillars_per_cell", 2))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"pillars_per_cell": k} for k in (2, 4, 8)] + [{"encoder": "resnet34", "pillars_per_cell": 8}]
+)
+def test_pillars_that_fit_give_the_stated_shapes(changes):
+    model, batch = LidarDetector(small_lidar(neck_stages=3, **changes)), make_batch()
+    out = model(batch)
+    assert {k: tuple(v.shape[1:]) for k, v in out.features.items()} == model.feature_shapes
+    assert all(t.isfinite() for t in model.loss(out, batch).values())
+
+
 def test_gradient_checkpointing_changes_nothing():
     gradients, statistics = [], []
     for checkpointed in (True, False):
@@ -62,14 +92,13 @@ def test_pillars_equal_a_slow_loop():
     torch.manual_seed(0)
     config = small_lidar(intensity_scale=255.0, near_removed_m=1.0, scaled_inputs=False)
     grid = finer(ODD_GRID, 2)
-    encoder, batch = PillarEncoder(config, grid).eval(), make_batch(ground=200)
+    encoder, batch = PillarEncoder(config, grid).eval(), with_near(make_batch(ground=200))
     features, cell = encoder._features(batch.lidar, 2 * grid.ny * grid.nx)
     expected, members = [], {}
     points = batch.lidar
     for xyz, row, age, b in zip(points.xyz_m, points.features_NF, points.age_s, points.batch_index, strict=True):
         r, c, inside = grid.cells(xyz[None, :2].numpy())
-        near = age > 0 and bool(((xyz[:2] - torch.tensor(config.mount_m[:2])).abs() < 1).all())
-        if not inside[0] or not -5 <= xyz[2] < 3 or near:
+        if not inside[0] or not -5 <= xyz[2] < 3 or row[2] < 1:
             continue
         key = (int(b) * grid.ny + int(r[0])) * grid.nx + int(c[0])
         centre = torch.tensor([grid.x_min_m + (c[0] + 0.5) * 0.4, grid.y_min_m + (r[0] + 0.5) * 0.4])
@@ -110,6 +139,58 @@ def test_capped_pillars_take_the_first_points_and_their_padding():
         rows = torch.relu(encoder.norm(encoder.linear(features[cell == key][:3])))
         rows = torch.cat([rows, empty[None]]) if len(rows) < 3 else rows
         torch.testing.assert_close(canvas[key], rows.amax(0))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_points_beyond_a_pillars_cap_leave_no_trace(training):
+    """The mean point is that of the kept points too: 40 points in one pillar give what the first 20 alone give."""
+    torch.manual_seed(0)
+    encoder = PillarEncoder(small_lidar(points_per_pillar=20, scaled_inputs=False), finer(ODD_GRID, 2)).train(training)
+    lidar = make_batch(batch=1, ground=40, boxes=0).lidar
+    places = torch.rand(40, 3) * torch.tensor([0.39, 0.39, 2.0])
+    lidar = dataclasses.replace(lidar, xyz_m=places)
+    first = keep(lidar, torch.arange(40) < 20)
+    num = encoder.grid.ny * encoder.grid.nx
+    assert torch.equal(encoder._features(lidar, num)[0], encoder._features(first, num)[0])
+    assert torch.equal(encoder(lidar, 1), encoder(first, 1)) and encoder(first, 1).any()
+
+
+def test_near_points_of_past_sweeps_are_told_by_their_own_sensor():
+    """At 10 m/s a return of the car's own roof 0.45 s ago lies 4.5 m behind the sensor by now, and the road that was 5 m ahead
+    lies where the sensor is: mmdetection3d drops the first and keeps the second."""
+    config = centerpoint_pillar_config(convention="mmdet3d_lwh", near_removed_m=1.0)
+    lidar = keep(with_near(make_batch()).lidar, torch.arange(len(make_batch().lidar.age_s)) < 3)
+    x = config.mount_m[0]
+    places = torch.tensor([[x + 0.3 - 4.5, 0.0, 1.7], [x + 0.5, 0.2, 0.1], [x + 0.5, 0.2, 0.1]])
+    own = torch.tensor([0.3, 5.0, torch.inf])  # the last one is of the key scan, of which nothing is removed
+    features = torch.cat([lidar.features_NF[:, :2], own[:, None]], dim=1)
+    lidar = dataclasses.replace(lidar, xyz_m=places, features_NF=features, age_s=torch.tensor([0.45, 0.45, 0.0]))
+    assert near_sensor(points_to_network(lidar, config.mount_m[2]), config).tolist() == [True, False, False]
+    assert near_sensor(without_near(lidar, config), config).tolist() == [False, False]
+    plain = dataclasses.replace(lidar, features_NF=features[:, :2], feature_names=("intensity", "ring"))
+    with pytest.raises(MissingFeatureError, match="near_m"):
+        near_sensor(plain, config)
+    free = config.with_values(near_removed_m=0.0)
+    assert not near_sensor(plain, free).any()  # and no column is asked for
+    assert len(near_sensor(keep(plain, torch.zeros(3, dtype=torch.bool)), config)) == 0  # of no points none is near
+    assert lidar_features(config) == ("intensity", "ring", "near_m") and lidar_features(free) == ("intensity", "ring")
+    assert lidar_features(small_fusion(lidar=small_lidar(near_removed_m=1.0)))[2:] == ("near_m",)
+    assert lidar_features(small_fusion()) == lidar_features(small_student()) == ("intensity", "ring")
+
+
+def test_a_fusion_teachers_depth_image_has_no_near_points_either():
+    """BEVFusion's loader removes them before anything reads the cloud."""
+    camera = {"view": "frustum", "depth_net": "lidar_points", "stride_px": 8, "fuser": "gated", "depth_weight": 0.0}
+    student = small_student(radar=False, radar_encoder="bev", **camera)
+    torch.manual_seed(0)
+    model = FusionDetector(small_fusion(lidar=small_lidar(near_removed_m=1.0), student=student)).eval()
+    batch = with_near(make_batch())
+    kept = dataclasses.replace(batch, lidar=keep(batch.lidar, batch.lidar.column("near_m") >= 1))
+    assert 0 < len(kept.lidar.age_s) < len(batch.lidar.age_s)
+    with torch.no_grad():
+        mine, theirs = model(batch), model(kept)
+    assert torch.equal(mine.features["bev_lidar"], theirs.features["bev_lidar"])
+    assert torch.equal(mine.depth_BVDHW, theirs.depth_BVDHW)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -283,3 +364,34 @@ def test_label_encoder_without_teacher_gives_stages_only_and_refuses_another_one
         encoder(dataclasses.replace(make_batch(), boxes=None))
     with pytest.raises(MismatchError, match="fit"):
         encoder.attach(LidarDetector(small_lidar(neck_stages=3)))
+
+
+def test_label_encoder_of_some_classes_leaves_the_others_out():
+    """A class map's channels are the groups' classes in the order of their labels; for all ten that is the label itself."""
+    torch.manual_seed(0)
+    some = (("pedestrian",), ("car", "trailer"))
+    teacher = LidarDetector(small_lidar(groups=some))
+    encoder = LabelEncoder(label_config_for(teacher, hidden=16), teacher).eval()
+    batch = make_batch()  # boxes of all ten classes
+    channels = encoder.channels(batch.boxes).label_BM
+    assert set(zip(batch.boxes.label_BM.flatten().tolist(), channels.flatten().tolist(), strict=True)) == {
+        (label, {0: 0, 4: 1, 8: 2}.get(label, -1)) for label in range(10)
+    }
+    with torch.no_grad():
+        out = encoder(batch)
+        known = torch.isin(batch.boxes.label_BM, torch.tensor([0, 4, 8]))
+        alone = encoder(
+            dataclasses.replace(batch, boxes=dataclasses.replace(batch.boxes, valid_BM=batch.boxes.valid_BM & known))
+        )
+    assert all(torch.equal(value, alone.features[name]) for name, value in out.features.items())
+    assert all(t.isfinite() for t in encoder.loss(out, batch).values())
+
+
+@pytest.mark.parametrize("turned_groups", [False, True])
+def test_label_encoder_of_all_classes_keeps_its_channels(turned_groups):
+    """Trained encoders know a class by its label, in whatever order the groups stand."""
+    groups = tuple(reversed(CLASS_GROUPS)) if turned_groups else CLASS_GROUPS
+    encoder = LabelEncoder(label_config_for(LidarDetector(small_lidar(groups=groups)), hidden=16))
+    boxes = make_boxes(torch.Generator().manual_seed(1), ODD_GRID, 2, 20)
+    boxes.label_BM[:, 3] = -1  # ignored
+    assert torch.equal(encoder.channels(boxes).label_BM, boxes.label_BM)

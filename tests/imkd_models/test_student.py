@@ -12,6 +12,7 @@ from test_radar import keep
 from imkd_data.errors import MismatchError, MissingFeatureError, RecipeError
 from imkd_data.geometry import BevGrid
 from imkd_models.blocks import LayerNorm2d
+from imkd_models.config import StudentConfig
 from imkd_models.detector import FusionDetector, LidarDetector, StudentDetector
 from imkd_models.fusion import FusionAttention, FusionLayer
 from imkd_models.presets import crn_r50_config
@@ -263,6 +264,8 @@ def test_wrong_batches_are_refused_with_what_to_do():
         {"history": (-1, 0)},
         {"parity": {"pool_grad"}},
         {"camera": False, "sim_branch": True},
+        {"fuser": "deformable", "sim_branch": True},
+        {"fuser": "intensity", "sim_branch": True},
         {"radar_encoder": "polar"},
         {"image_hw_px": (100, 96)},
         {"grid": BevGrid(x_min_m=0, y_min_m=0, cell_m=0.8, nx=30, ny=24)},
@@ -271,6 +274,25 @@ def test_wrong_batches_are_refused_with_what_to_do():
 def test_configurations_that_cannot_be_meant(changes):
     with pytest.raises(RecipeError):
         small_student(**changes)
+
+
+def test_a_simulated_branch_that_no_fuser_reads_is_refused_and_those_that_do_are_named():
+    with pytest.raises(RecipeError, match="simulated branch") as caught:
+        small_student(fuser="intensity", sim_branch=True)
+    named = caught.value.details["expected"].split(" | ")
+    assert caught.value.details["found"] == "intensity"
+    for fuser in named:  # each one reads it: no parameter is left without gradient
+        model, batch = build(fuser=fuser, sim_branch=True), make_batch()
+        sum(model.loss(model(batch), batch).values()).backward()
+        assert [n for n, p in model.named_parameters() if p.grad is None] == [], fuser
+    assert len(named) == 3
+
+
+@pytest.mark.parametrize("grid", [{"foo": 1}, {**ODD_GRID.as_dict(), "rows": 3}, {**ODD_GRID.as_dict(), "nx": "many"}])
+def test_a_grid_that_cannot_be_read_is_a_recipe_error(grid):
+    value = {**small_student().as_dict(), "grid": grid}
+    with pytest.raises(RecipeError, match="student model cannot be read"):
+        StudentConfig.from_dict(value)
 
 
 def test_strict_loading_names_what_is_missing():

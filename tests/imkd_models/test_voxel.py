@@ -10,7 +10,7 @@ import dataclasses
 
 import pytest
 import torch
-from batches import ODD_GRID, make_batch
+from batches import ODD_GRID, make_batch, with_near
 from public_names import centerpoint_voxel
 
 from imkd_data.geometry import BevGrid
@@ -128,10 +128,10 @@ def test_turned_points_fill_turned_voxels():
     torch.manual_seed(0)
     turned = voxel(grid=ODD_GRID, convention="mmdet3d_lwh", near_removed_m=1.0, points_per_pillar=10).eval()
     grid = network_grid(ODD_GRID)
-    x, y, height = turned.config.mount_m
-    plain = voxel(grid=grid, near_removed_m=1.0, points_per_pillar=10, mount_m=(-y, x, 0.0)).eval()
+    height = turned.config.mount_m[2]
+    plain = voxel(grid=grid, near_removed_m=1.0, points_per_pillar=10).eval()
     plain.load_state_dict(turned.state_dict())
-    batch = make_batch(ground=300)
+    batch = with_near(make_batch(ground=300))
     x, y, z = batch.lidar.xyz_m.unbind(-1)
     lidar = dataclasses.replace(batch.lidar, xyz_m=torch.stack([-y, x, z - height], dim=1))
     with torch.no_grad():

@@ -13,7 +13,8 @@ from toy_training import VIEW
 
 from imkd_data.errors import MismatchError, UsageError
 from imkd_data.geometry import BevGrid
-from imkd_models.presets import build_model, tiny_config
+from imkd_models.convention import near_sensor
+from imkd_models.presets import build_model, tiny_config, tiny_lidar_config
 from pipelines.bench_latency import latency_table, part_costs, random_batch, run_latency_bench
 from pipelines.counting import count_cost
 from pipelines.run import OptimConfig, Run
@@ -171,6 +172,13 @@ def test_a_second_grid_compiles_too_and_a_batch_on_another_grid_is_still_refused
     torch._dynamo.reset()
     with pytest.raises(MismatchError, match="another grid"), torch.no_grad():
         torch.compile(made[1][1], backend="eager")(made[0][2])
+
+
+def test_points_of_a_random_batch_are_not_left_out_as_close_ones() -> None:
+    config = tiny_lidar_config(near_removed_m=1.0)
+    lidar = random_batch(config, lidar_points=50).lidar
+    assert lidar is not None and len(lidar.age_s) == 50 and not near_sensor(lidar, config).any()
+    build_model(config, pretrained=False).eval()(random_batch(config, lidar_points=50))
 
 
 def test_costs_count_every_module_once() -> None:

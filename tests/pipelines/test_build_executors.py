@@ -184,6 +184,21 @@ def test_a_dead_address(world: Path, tmp_path: Path) -> None:
     assert time.monotonic() - started < 30 and caught.value.code == 8
 
 
+@pytest.mark.parametrize("address", ["tcp://x", "tcp://x:y", "tcp://x:99999", "tcp://:8786", "moon://x:8786"])
+def test_what_is_no_address(world: Path, tmp_path: Path, address: str) -> None:
+    """Refused before a client is made: that of a wrong address waits for 40 s at the end of the program."""
+    import distributed
+
+    def made(*_: object, **__: object) -> None:
+        raise AssertionError("a client was made")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "Client", made)
+        with pytest.raises(UsageError, match="not an address") as caught:
+            build_toy(world, tmp_path / "d", executor=address)
+    assert caught.value.details["found"] == address and caught.value.code == 2
+
+
 # A real scheduler and two real workers on loopback.
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from imkd_data.errors import UsageError
-from pipelines.demo import OWNED, STAGES, DemoSize, demo_runs, run_demo
+from pipelines.demo import OWNED, STAGES, DemoSize, commands, demo_runs, run_demo
 
 SMALLEST = DemoSize(scenes=2, keyframes=2, image_hw_px=(90, 160), steps=(2, 1, 2))
 
@@ -42,6 +42,37 @@ def test_a_folder_that_is_not_a_demo_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no demo made"):
         run_demo(tmp_path, size=SMALLEST)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_the_commands_by_hand_make_the_same_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The recipe of the shown build command is the one that the demo builds by."""
+    import shlex
+    from types import SimpleNamespace
+    from typing import Any
+
+    import pipelines.build
+    from cli import data
+    from pipelines.demo import _cache, _Clock
+
+    asked: list[dict[str, Any]] = []
+
+    class Reached(Exception):
+        pass
+
+    def build(**request: Any) -> Any:
+        asked.append(request)
+        if len(asked) == 2:
+            raise Reached
+        return SimpleNamespace(samples=1, bytes=1, seconds=1.0)
+
+    monkeypatch.setattr(pipelines.build, "build", build)
+    _cache(tmp_path, SMALLEST, 1, _Clock(tmp_path, None))
+    (line,) = (c for c in commands(tmp_path, SMALLEST, 0) if c.startswith("imkd-data build"))
+    with pytest.raises(Reached):
+        data.group.main(shlex.split(line)[1:], standalone_mode=False)
+    ours, shown = asked
+    assert ours["recipe_overrides"] == shown["recipe_overrides"] and ours["recipe_overrides"]["view_cells"] == 8
+    assert (tuple(shown["splits"]), shown["version"], shown["out"]) == (ours["splits"], ours["version"], ours["out"])
 
 
 def test_demo_trains_on_train_rows_only() -> None:

@@ -13,6 +13,7 @@ from imkd_data import open_cache
 from imkd_data.errors import SourceMissingError, UsageError
 from imkd_data.geometry import BEV, GLOBAL, Pose
 from imkd_data.sample import Boxes
+from imkd_models.label import LabelEncoder
 from pipelines.build import build
 from pipelines.evaluate import ego_places, evaluate_results, scored_rows
 from pipelines.predict import detections_to_boxes, open_tree, predict_cache, predict_rows, stream_options
@@ -240,3 +241,37 @@ def test_evaluation_sees_the_radar_of_training(line, tmp_path: Path, monkeypatch
     monkeypatch.setattr(module, "stream", lambda *a, **k: seen.append(k) or plain(*a, **k))
     evaluate_checkpoint(line.students["student0"], line.cache, line.tree, tmp_path, engine="fast")
     assert [(k["radar_sweeps"], k["radar_filter"]) for k in seen] == [(6, "none")]
+
+
+def test_all_sweeps_are_those_of_the_cache_of_training(line) -> None:
+    """A run says 0 for all that is stored; on a raw tree, and in a cache of more sweeps, it means those of training."""
+    from imkd_models.presets import tiny_lidar
+
+    model = tiny_lidar()
+
+    def asked(loader: dict[str, int], cache: dict[str, int]) -> tuple[int, int]:
+        options = stream_options(model, {"run": {"loader": loader}, "cache": cache})
+        return options["lidar_sweeps"], options["radar_sweeps"]
+
+    zero = {"lidar_sweeps": 0, "radar_sweeps": 0}
+    assert asked(zero, {}) == (0, 0)  # a checkpoint that does not say: as before
+    assert asked(zero, {"lidar_sweeps": 2, "radar_sweeps": 6}) == (2, 6)
+    assert asked({"lidar_sweeps": 1, "radar_sweeps": 3}, {"lidar_sweeps": 2, "radar_sweeps": 6}) == (1, 3)
+    assert asked({"lidar_sweeps": 10, "radar_sweeps": 13}, {"lidar_sweeps": 2, "radar_sweeps": 6}) == (
+        2,
+        6,
+    )  # no more were there
+    assert "lidar_sweeps" not in stream_options(model, {})
+    for cache, expected in (({}, (10, 13)), ({"lidar_sweeps": 1, "radar_sweeps": 2}, (1, 2))):
+        memory = open_tree(model, {"run": {"loader": zero}, "cache": cache}, line.tree, "v1.0-mini", ("mini_val",))
+        assert (memory.recipe.lidar_sweeps, memory.recipe.radar_sweeps) == expected
+        assert set(memory.decode("lidar_points", 0)["sweep"].tolist()) <= set(range(expected[0]))
+
+
+def test_a_label_encoder_reads_no_sensor() -> None:
+    from imkd_models.presets import label_config_for, tiny_lidar
+    from pipelines.predict import model_sensors
+
+    teacher = tiny_lidar()
+    encoder = LabelEncoder(label_config_for(teacher, hidden=16), teacher)
+    assert model_sensors(encoder) == () and model_sensors(teacher) == ("lidar",)

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from imkd_data import open_cache
-from imkd_data.errors import SourceMissingError
+from imkd_data.errors import InputDataError, SourceMissingError
 from imkd_data.geometry import EGO, Camera, Pose
 from imkd_data.sample import Boxes
 from pipelines import plots
@@ -216,6 +216,60 @@ def test_report_without_cache_or_scores(evaluated: Path, tmp_path: Path) -> None
         make_report([bare], tmp_path / "b.html")
     (bare / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
     assert "No evaluation yet" in make_report([bare], tmp_path / "b.html").read_text()
+
+
+@pytest.mark.parametrize("entry", [{"step": "x"}, {"step": None}, {"step": 2, "loss": "nan"}, {"step": 2, "lr": [1]}])
+def test_a_log_line_of_another_form(tmp_path: Path, entry: dict) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n' + json.dumps(entry) + "\n")
+    with pytest.raises(InputDataError, match="line 2") as caught:
+        make_report([tmp_path], tmp_path / "r.html")
+    assert caught.value.code == 3 and str(caught.value.details["file"]).endswith("log.jsonl")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_loss_term_that_is_no_number_is_a_gap(tmp_path: Path) -> None:
+    lines = [{"step": 1, "loss": 2.0, "a": "off", "b": 1.0}, {"step": 2, "loss": 1.0, "a": 1.0, "b": 1.0}]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert "loss terms" in make_report([tmp_path], tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("nd_score",), None),
+        (("mean_ap",), "high"),
+        (("eval_time",), None),
+        (("tp_errors",), []),
+        (("tp_errors", "vel_err"), None),
+        (("mean_dist_aps",), 0.3),
+        (("mean_dist_aps", "car"), "x"),
+        (("label_tp_errors", "car"), None),
+        (("label_tp_errors", "car", "attr_err"), None),
+        (("truth_boxes",), [1]),
+        (("mAP_occurring",), "x"),
+    ],
+    ids=lambda v: ".".join(v) if isinstance(v, tuple) else None,
+)
+def test_scores_of_another_form(evaluated: Path, tmp_path: Path, path: tuple[str, ...], value: object) -> None:
+    """None: the entry is not there."""
+    scores = json.loads((evaluated / "student0" / "eval" / "metrics_summary.json").read_text())
+    at = scores
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    if value is None:
+        del at[path[-1]]
+    (tmp_path / "metrics_summary.json").write_text(json.dumps(scores))
+    with pytest.raises(InputDataError, match="not the scores") as caught:
+        make_report([tmp_path], tmp_path / "r.html")
+    assert ".".join(path) in caught.value.details["expected"] and not (tmp_path / "r.html").exists()
+
+
+def test_curves_of_another_form(evaluated: Path, tmp_path: Path) -> None:
+    shutil.copy(evaluated / "student0" / "eval" / "metrics_summary.json", tmp_path)
+    (tmp_path / "metrics_details.json").write_text('{"car:2.0": {"recall": 5}}')
+    with pytest.raises(InputDataError, match=r"no curve of car:2\.0"):
+        make_report([tmp_path], tmp_path / "r.html")
 
 
 def test_report_data_pairs_runs(line, evaluated: Path) -> None:

@@ -26,12 +26,12 @@ from pipelines.robustness_conditions import (
 )
 
 
-def read_batch(line, history=(0, -1), features=("rcs_dbsm", "sensor", "sweep"), sweeps=0):
-    """Two keyframes of the val scene."""
+def read_batch(line, history=(0, -1), features=("rcs_dbsm", "sensor", "sweep"), sweeps=0, rows=None):
+    """Two keyframes of the val scene, its last ones unless said."""
     from imkd_data.loader.stream import stream
 
     cache = open_cache(line.cache)
-    rows = cache.rows("mini_val")[1:3]
+    rows = cache.rows("mini_val")[1:3] if rows is None else rows
     options = {"radar_filter": "none", "radar_features": features, "radar_sweeps": sweeps, "image_hw_px": (32, 56)}
     return next(
         iter(stream(cache, 2, rows=rows, shuffle="none", fields=("images", "radar_points"), history=history, **options))
@@ -117,6 +117,23 @@ def test_late_radar_of_neighbouring_slots(line) -> None:
         assert torch.equal(late.radar.xyz_m[mine], wide.radar.xyz_m[last & (wide.radar.time_index == slot + 1)])
         assert int(mine.sum()) > 0
     assert late.images_BTVCHW.shape[1] == 2
+
+
+def test_late_radar_has_nothing_before_the_clip(line) -> None:
+    """Slots before the clip repeat the oldest keyframe; shown as late radar it would be the keyframe's own, on time."""
+    cache = open_cache(line.cache)
+    first = int(cache.rows("mini_val")[0])
+    plain = read_batch(line, history=(0, -1, -2), rows=[first, first + 1])
+    assert plain.history_valid_BT.tolist() == [[True, False, False], [True, True, False]]
+    assert int(((plain.radar.batch_index == 0) & (plain.radar.time_index == 1)).sum()) > 0  # the repeated keyframe
+    late = with_late_radar(plain, (0, -1))
+    assert int((late.radar.batch_index == 0).sum()) == 0
+    second = late.radar.time_index[late.radar.batch_index == 1]
+    assert set(second.tolist()) == {0}  # the first keyframe's points; its own past slot has no predecessor
+    assert len(second) == int(((plain.radar.batch_index == 1) & (plain.radar.time_index == 1)).sum())
+    assert late.history_valid_BT.tolist() == [[True, False], [True, True]]
+    unsaid = with_late_radar(replace(plain, history_valid_BT=None), (0, -1))
+    assert int((unsaid.radar.batch_index == 0).sum()) > 0
 
 
 def test_table_over_two_runs(line, tmp_path) -> None:

@@ -14,12 +14,12 @@ from test_train_ddp import launch
 from toy_training import toy_cache, toy_run, toy_teachers
 
 from imkd_data.cache import fault
-from imkd_data.errors import InputDataError
+from imkd_data.errors import InputDataError, UsageError
 from imkd_data.loader.stream import stream
 from imkd_models.checkpoint import load_checkpoint, weights_hash
 from imkd_models.distill import METHODS, make_method
 from pipelines.bench_step import run_step_bench
-from pipelines.machine import Machine, channels_last
+from pipelines.machine import Machine, bytes_from_text, channels_last
 from pipelines.measure import measure_steps
 from pipelines.networks import build_networks, stream_values
 from pipelines.optimise import Ema, in_layout, make_optimiser
@@ -209,3 +209,13 @@ def test_a_gpu_trains_as_the_cpu_does(name: str, cache: Any, teachers: dict[str,
     for log in logs.values():  # dropout draws other numbers on a GPU
         assert sum(log[0][k] for k in own) == pytest.approx(sum(first[k] for k in own), rel=0.1)
         assert math.isfinite(log[1]["loss"])
+
+
+@pytest.mark.parametrize("text", ["1.2.3GiB", ".", "..5MB", "", "GiB", "-1GiB", "1 TiB", "0TiB", "9" * 400])
+def test_a_size_that_is_no_number_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="size cannot be read"):
+        bytes_from_text(text)
+
+
+def test_sizes_are_read() -> None:
+    assert [bytes_from_text(t) for t in ("22GiB", " 1.5 kib", ".5MB", "2.GB", "7")] == [22 << 30, 1536, 500_000, 2 * 10**9, 7]

@@ -14,7 +14,8 @@ from toy_training import toy_cache, toy_run
 
 from imkd_data.errors import MismatchError, RecipeError
 from imkd_data.loader.paste import write_bank
-from imkd_models.checkpoint import load_checkpoint
+from imkd_models.checkpoint import load_checkpoint, save_checkpoint
+from imkd_models.presets import model_from_dict
 from pipelines.optimise import Ema, lr_factor
 from pipelines.report import make_report
 from pipelines.run import LoaderConfig, OptimConfig, Run
@@ -31,7 +32,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return toy_cache(tmp_path_factory.mktemp("world"))
+    return toy_cache(tmp_path_factory.mktemp("world"), lidar_sweeps=2, radar_sweeps=2)  # as many as its reader delivers
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
@@ -226,6 +227,27 @@ def test_a_teacher_that_is_shown_other_sweeps_than_it_was_trained_on_is_named(ca
     fewer = run.with_values(loader=LoaderConfig(lidar_sweeps=1))
     (line,) = sweep_warnings(fewer, {"lidar": teacher, "label": teacher}, 2)
     assert "teacher lidar was trained on 2 LiDAR sweeps and is shown 1" in line and "--set loader.lidar_sweeps=2" in line
+
+
+def test_sweeps_are_those_of_the_teachers_own_cache(cache: Any, teacher: Path, tmp_path: Path) -> None:
+    """Its run said 0, all that its cache held; a cache of more or fewer sweeps shows it something else."""
+    meta = load_checkpoint(teacher).meta
+    recipe = cache.recipe
+    assert (
+        (meta["cache"]["lidar_sweeps"], meta["cache"]["radar_sweeps"]) == (recipe.lidar_sweeps, recipe.radar_sweeps) == (2, 2)
+    )
+    run = distilled(baseline="none")
+    (line,) = sweep_warnings(run, {"lidar": teacher}, 10)
+    assert "was trained on 2 LiDAR sweeps and is shown 10" in line and "--set loader.lidar_sweeps=2" in line
+    (line,) = sweep_warnings(run, {"lidar": teacher}, 1)
+    assert "was trained on 2 LiDAR sweeps and is shown 1" in line and "--set loader" not in line and "build" in line
+    more = run.with_values(loader=LoaderConfig(lidar_sweeps=5))  # the newest five of two are two
+    assert sweep_warnings(more, {"lidar": teacher}, 2) == []
+    config = toy_run().model
+    loader = {"lidar_sweeps": 0}
+    network = model_from_dict(config)
+    old = save_checkpoint(tmp_path / "old", 1, network, meta={"model": config, "run": {"loader": loader}})
+    assert sweep_warnings(run, {"lidar": old}, 10) == []  # it does not say: as before
 
 
 def test_what_a_teacher_is_compared_with(teacher: Path) -> None:

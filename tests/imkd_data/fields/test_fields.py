@@ -317,6 +317,41 @@ def test_depth_overflow_stops_or_drops_the_farthest(payload: Payload, row: dict[
     np.testing.assert_array_equal(cut["depth_points"][v, :, :1], row["depth_points"][v, :, :1])  # the order stays
 
 
+@pytest.mark.parametrize(("width", "height", "fits"), [(2048, 2048, True), (2049, 900, False), (900, 3840, False)])
+def test_depth_refuses_images_that_its_codes_cannot_hold(payload: Payload, width: int, height: int, fits: bool) -> None:
+    """Codes are 1/32 px in 16 bits: beyond 2,048 px they would wrap, in silence."""
+    from dataclasses import replace
+
+    wide = replace(
+        payload.sample.cameras[0], camera=replace(payload.sample.cameras[0].camera, width_px=width, height_px=height)
+    )
+    sample = replace(payload.sample, cameras=(wide, *payload.sample.cameras[1:]))
+    suite = replace(NUSCENES, image_hw_px=(height, width))
+    name = wide.camera.name
+    if fits:
+        compute(replace(payload, sample=sample), recipe_for(depth_width=4096), ("depth_points",))
+        assert fields_by_name(["depth_points"])["depth_points"].attributes(recipe_for(), suite)["cameras"]
+        return
+    for field in ("depth_points", "depth_intensity", "depth_count"):
+        with pytest.raises(InputDataError) as caught:
+            compute(replace(payload, sample=sample), recipe_for(), (field,))
+        error = caught.value
+        assert error.rule == "depth.image_size" and error.details["channel"] == name
+        assert error.details["found"] == f"{width} x {height}" and error.details["token"] == sample.token
+        assert "leave the depth fields out" in error.details["next"]
+        with pytest.raises(InputDataError) as caught:  # what a build writes before it touches the cache or reads a sample
+            fields_by_name([field])[field].attributes(recipe_for(), suite)
+        assert caught.value.rule == "depth.image_size" and caught.value.details["found"] == f"{width} x {height}"
+    assert fields_by_name(["depth_points"])["depth_points"].shape(recipe_for(), suite) == (6, 3, 512)  # old caches still open
+
+
+def test_depth_overflow_gives_no_advice_that_cannot_be_followed(payload: Payload) -> None:
+    from imkd_data.fields.depth import _overflow_advice
+
+    assert "--set depth_width=65535" in _overflow_advice(65_000) and "depth_width" not in _overflow_advice(65_536)
+    assert "drop-far" in _overflow_advice(65_536)
+
+
 def test_box_overflow_stops(payload: Payload) -> None:
     with pytest.raises(InputDataError, match="boxes_width") as caught:
         compute(payload, recipe_for(boxes_width=1), ("boxes",))
@@ -333,6 +368,18 @@ def test_image_modes(tree: Tree, payload: Payload, row: dict[str, Any]) -> None:
     reference = decoded("images", compute(payload, recipe, ("images",))[0], recipe)["CAM_FRONT"]
     data = (tree.root / reference["path"]).read_bytes()
     assert reference["crc32c"] == f"{google_crc32c.value(data):08x}" and reference["bytes"] == len(data)
+
+
+def test_what_the_encoder_refuses_is_not_told_as_a_broken_image(payload: Payload, monkeypatch: pytest.MonkeyPatch) -> None:
+    import simplejpeg
+
+    def refuse(*args: Any, **options: Any) -> bytes:
+        raise ValueError("quality must be between 0 and 100")
+
+    monkeypatch.setattr(simplejpeg, "encode_jpeg", refuse)
+    with pytest.raises(ValueError, match="quality") as caught:
+        compute(payload, recipe_for(), ("images",))
+    assert not isinstance(caught.value, InputDataError)
 
 
 @pytest.mark.parametrize("hw", [(26, 52), (48, 96), (11, 33), (60, 120), (17, 30)])
@@ -373,6 +420,31 @@ def test_blob_parts_never_hold_objects() -> None:
     np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(CacheDamageError):
         array_from_part(bytes(Zstd(level=3).encode(buffer.getvalue())))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"{'descr': (\n",
+        b"  x\n y\n",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }\n",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (True,), }\n",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000000000000000000,), }\n",
+        b"{'descr': '<U0', 'fortran_order': False, 'shape': (2,), }\n",
+        b"{'descr': ['<f4', 1], 'fortran_order': False, 'shape': (2,), }\n",
+        b"{" * 3000 + b"\n",
+        b"\0\n",
+        b"'\\N{no}'\n",
+        b"\xff\xfe\n",
+        b"\n",
+    ],
+)
+def test_blob_parts_with_a_malformed_header(head: bytes) -> None:
+    from numcodecs.zstd import compress
+
+    raw = b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + b"\0" * 8
+    with pytest.raises(CacheDamageError, match="cannot be decoded"):
+        array_from_part(bytes(compress(raw, 3, True)))
 
 
 def test_fields_by_name() -> None:

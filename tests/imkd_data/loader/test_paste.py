@@ -144,8 +144,8 @@ def test_the_bank_holds_the_cached_points_of_its_boxes(cache: MemoryCache, bank:
 
 
 def test_a_stream_pastes_before_the_augmentation_and_stops_in_time(cache: MemoryCache, bank: Path) -> None:
-    def batches(epoch: int, paste: bool, augment: bool) -> list[Any]:
-        made = stream(cache, 1, fields=FIELDS, augment=augment, seed=4, epoch=epoch, shuffle="none")
+    def batches(epoch: int, paste: bool, augment: bool, **more: Any) -> list[Any]:
+        made = stream(cache, 1, fields=FIELDS, augment=augment, seed=4, epoch=epoch, shuffle="none", **more)
         if paste:
             made.reader.paste = Paster(bank, until_epoch=1)
         return list(made)
@@ -163,5 +163,12 @@ def test_a_stream_pastes_before_the_augmentation_and_stops_in_time(cache: Memory
                 local = np.abs(np.stack([along, across, d[:, 2]], 1))
                 assert (local <= size / 2 + 1e-3).all(1).sum() >= 1  # its points moved with it
         assert added > 0
+        named = batches(0, True, augment, lidar_features=("intensity", "ring", "near_m"))
+        plain = batches(0, False, augment, lidar_features=("near_m",))
+        assert all((a.lidar.column("near_m").isinf() == (a.lidar.age_s == 0)).all() for a in plain)
+        never = [b.lidar.column("near_m").isinf() & (b.lidar.age_s > 0) for b in named]  # pasted points stay, old or not
+        assert any(n.any() for n in never)
+        for b, c in zip(batches(0, True, augment), named, strict=True):
+            assert c.lidar.features_NF[:, :2].equal(b.lidar.features_NF)
     for a, b in zip(batches(1, False, True), batches(1, True, True), strict=True):
         assert a.lidar.xyz_m.equal(b.lidar.xyz_m) and a.boxes.valid_BM.equal(b.boxes.valid_BM)

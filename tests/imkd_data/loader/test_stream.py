@@ -308,6 +308,31 @@ def test_lidar_boxes_and_intensity_move_together(cache: MemoryCache) -> None:
         assert (batch.lidar.column("intensity") <= 1).all() and batch.lidar.column("intensity").max() > 0.5
 
 
+def test_near_m_is_measured_from_each_sweeps_own_sensor(cache: MemoryCache) -> None:
+    """max(|x|, |y|) in the frame of the scan that saw the point, whatever the draw; the key scan's points are never near."""
+    from imkd_data.geometry import EGO, Pose
+
+    columns = ("intensity", "ring", "near_m")
+    options = {"rows": [8], "shuffle": "none", "fields": ("lidar_points",)}
+    points, expected = cache.decode("lidar_points", 8), []
+    assert set(points["sweep"].tolist()) == {0, 1}
+    for xyz, sweep in zip(points["xyz_m"], points["sweep"], strict=True):
+        matrix = points["pose"][sweep, :12].reshape(3, 4)
+        sensor = Pose(dst=EGO, src="lidar", rotation=matrix[:, :3], translation_m=matrix[:, 3])
+        expected.append(np.abs(sensor.inverse().points(xyz[None])[0, :2]).max() if sweep else np.inf)
+    assert (np.array(expected) < 2).any()
+    for augment in (False, True):
+        plain = next(iter(stream(cache, 1, augment=augment, **options))).lidar  # type: ignore[arg-type]
+        batch = next(iter(stream(cache, 1, augment=augment, lidar_features=columns, **options))).lidar  # type: ignore[arg-type]
+        assert batch.feature_names == columns and plain.feature_names == columns[:2]
+        assert torch.equal(batch.features_NF[:, :2], plain.features_NF) and torch.equal(batch.xyz_m, plain.xyz_m)
+        assert np.allclose(batch.column("near_m").numpy(), expected, atol=1e-5)
+    newest = next(iter(stream(cache, 1, lidar_features=("near_m",), lidar_sweeps=1, **options))).lidar  # type: ignore[arg-type]
+    assert np.allclose(newest.features_NF[:, 0].numpy(), np.array(expected)[points["sweep"] < 1], atol=1e-5)
+    with pytest.raises(UsageError, match="speed"):
+        stream(cache, 1, lidar_features=("intensity", "speed"))
+
+
 def test_intensity_on_identity_is_the_stored_view(cache: MemoryCache) -> None:
     batch = next(iter(stream(cache, 1, rows=[8], shuffle="none", fields=("lidar_intensity",))))
     assert np.array_equal(batch.bev_maps["lidar_intensity"][0].numpy(), cache.decode("lidar_intensity", 8))

@@ -560,6 +560,40 @@ def test_F25_broken_foreign_key(tree: Tree, column: str) -> None:
     assert len(tree.open(CHANNELS[:4]).samples(SCENES[0])) == 2  # the sensor is not declared
 
 
+@pytest.mark.parametrize(("table", "column"), [("sample", "scene_token"), ("sample_annotation", "sample_token")])
+@pytest.mark.parametrize("value", [token("nowhere"), ""])
+def test_F25_rows_of_no_scene_or_sample(tree: Tree, table: str, column: str, value: str) -> None:
+    """They would join another scene, or vanish and spoil their neighbours' velocities."""
+    rows = tree.tables[table]
+    edit_data(tree, rows[1], **{column: value})
+    edit_data(tree, rows[-1], **{column: token("elsewhere")})
+    error = refused(tree.open, InputDataError, "table.key", f"table {table}", "row 1", column, rows[1]["token"])
+    assert error.details["file"] == f"v1.0-mini/{table}.json" and error.details["token"] == rows[1]["token"]
+    assert [p.details["token"] for p in error.problems] == [rows[-1]["token"]]
+
+
+def test_visibility_is_the_level_not_the_place_in_the_table(tree: Tree) -> None:
+    def seen() -> tuple[list[int], Any]:
+        reader = tree.open()
+        sample = reader.samples(SCENES[0])[1]
+        return sample.boxes.visibility.tolist(), reader.input_manifest(sample, frozenset({"boxes"}))
+
+    before = seen()
+    assert before[0] == [4, 2]
+    tree.tables["visibility"].reverse()
+    tree.write()
+    assert seen() == before
+    tree.tables["visibility"][0]["level"] = "mostly"  # 80 to 100 % under a name that nobody knows
+    tree.write()
+    assert seen()[0] == [0, 2] and seen()[1] != before[1]
+
+
+@pytest.mark.parametrize("sweeps", [{"lidar_sweeps": 0}, {"radar_sweeps": -3}, {"radar_sweeps": 2.0}])
+def test_sweeps_that_cannot_be_read(tree: Tree, sweeps: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(sweeps))):
+        tree.open(**sweeps)
+
+
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [

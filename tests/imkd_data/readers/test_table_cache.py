@@ -12,7 +12,7 @@ import pytest
 
 import imkd_data.readers.nuscenes_tables as nuscenes_tables
 import imkd_data.readers.table_cache as table_cache
-from imkd_data.errors import InputDataError
+from imkd_data.errors import InputDataError, StorageError
 from imkd_data.readers.nuscenes_tables import NuScenesTables, load_tables
 from tests.imkd_data.readers.tiny_tree import SCENES, Tree
 
@@ -112,6 +112,30 @@ def test_a_disk_that_refuses_costs_only_time(tmp_path: Path, made: list[Path], m
     monkeypatch.setenv("IMKD_TABLE_CACHE", str(tmp_path / "file" / "store"))
     tree = Tree(tmp_path / "a")
     assert load_tables(tree.root / tree.version).scene_name == list(SCENES) and len(made) == 1
+
+
+def test_a_table_that_cannot_be_opened_is_told_as_without_a_store(store: Path, tmp_path: Path) -> None:
+    tree = Tree(tmp_path / "a")
+    path = tree.root / tree.version / "ego_pose.json"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(StorageError, match="cannot read table ego_pose") as caught:
+        load_tables(tree.root / tree.version)
+    assert caught.value.rule == "table.io" and not store.exists()
+
+
+def test_an_entry_of_an_older_program_hides_no_broken_key(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables with rows that point nowhere were once resolved, and kept."""
+    tree = Tree(tmp_path / "a")
+    tree.tables["sample_annotation"][0]["sample_token"] = "nowhere"
+    tree.write()
+    with monkeypatch.context() as older:
+        older.setattr(table_cache, "_FORMAT", 1)
+        older.setattr(nuscenes_tables, "_nowhere", lambda *args: [])
+        load_tables(tree.root / tree.version)
+    assert len(list(store.iterdir())) == 1
+    with pytest.raises(InputDataError, match="row 0"):
+        load_tables(tree.root / tree.version)
 
 
 def test_broken_tables_are_never_kept(store: Path, tmp_path: Path) -> None:

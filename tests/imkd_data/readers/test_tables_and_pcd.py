@@ -83,6 +83,78 @@ def test_wrong_types_are_named(folder: Path, tmp_path: Path, big: int) -> None:
     assert caught.value.rule == "table.column" and caught.value.details["token"] == rows[5]["token"]
 
 
+ROWS = pa.schema([("token", pa.string()), ("n", pa.int64()), ("f", pa.float64()), ("v", pa.list_(pa.list_(pa.float64())))])
+GOOD = '{"token": "%s", "n": 1, "f": 0.5, "v": [[1, 2.5], []]}'
+
+
+@pytest.mark.parametrize("block", [40, 1 << 20])
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("[%a %b]", "table.json"),
+        ("[%a%b]", "table.json"),
+        ("[%a\n%b]", "table.json"),
+        ("[%a,,%b]", "table.json"),
+        ("[%a , , %b]", "table.json"),
+        ("[,%a,%b]", "table.json"),
+        ("[ , %a]", "table.json"),
+        ("[%a,%b,]", "table.json"),
+        ("[%a]%b]", "table.json"),
+        ("[%a],%b]", "table.json"),
+        ("[%a:%b]", "table.json"),
+        ("[,]", "table.json"),
+        *[
+            (f"[%a,{GOOD % 'b'}]".replace("0.5", v), "table.json")
+            for v in ("NaN", "-Infinity", "Infinity", "Inf", "-NaN", "nan")
+        ],
+        (f"[%a,{GOOD % 'b'}]".replace("2.5", "NaN"), "table.json"),
+        ('[%a, {"token": "b", "n": 1, "f": 1, "v": [], "more": NaN}]', "table.json"),
+        ('[%a, {"token": "\\ud800", "n": 1, "f": 1, "v": [], "more": "\xff"}]', "table.json"),
+        (f"[%a,{GOOD % 'b'}]".replace("0.5", "1e400"), "table.column"),
+        (f"[%a,{GOOD % 'b'}]".replace("2.5", "-1e400"), "table.column"),
+        (f"[%a,{GOOD % 'b'}]".replace("0.5", "1" * 400), ""),  # each in its own words
+        (f"[%a,{GOOD % 'b'}]".replace("0.5", "1" * 5000), ""),
+        ('[%a,%b, {"token": "b", "n": 1.5, "f": 1, "v": []}]', "table.column"),
+    ],
+)
+def test_both_parsers_refuse_the_same(
+    tmp_path: Path, text: str, rule: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "_BLOCK_BYTES", block)
+    path = tmp_path / "some.json"
+    path.write_bytes(text.replace("%a", GOOD % "a").replace("%b", GOOD % "b").encode("latin-1"))
+    found = []
+    for big in (1 << 30, 0):
+        with pytest.raises(InputDataError) as caught:
+            read_table(path, ROWS, big=big)
+        assert caught.value.rule == rule or not rule, str(caught.value)
+        assert caught.value.details["file"].endswith("some.json")
+        found.append(caught.value)
+    if rule == "table.column":
+        assert found[0].what == found[1].what and found[0].details == found[1].details
+
+
+@pytest.mark.parametrize("block", [40, 1 << 20])
+def test_words_in_texts_are_no_numbers(tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN, Infinity, row borders and letters beyond ASCII inside a text are that text."""
+    monkeypatch.setattr(tables, "_BLOCK_BYTES", block)
+    path = tmp_path / "some.json"
+    names = ["NaN", "Infinity", "Inf", "a } , b", "Köln", "京"]
+    path.write_text("[" + ",\n".join(GOOD % n for n in names) + "]", "utf-8")
+    for big in (1 << 30, 0):
+        assert read_table(path, ROWS, big=big)["token"].to_pylist() == names
+
+
+def test_a_non_finite_value_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "some.json"
+    rows = [GOOD % i for i in range(5)]
+    rows[3] = rows[3].replace("2.5", "1e999")
+    path.write_text("[" + ", ".join(rows) + "]")
+    with pytest.raises(InputDataError, match="row 3 has a wrong v") as caught:
+        read_table(path, ROWS, big=0)
+    assert caught.value.details["token"] == "3" and "inf" in caught.value.details["found"]
+
+
 def test_key_index() -> None:
     target = pa.chunked_array([["a", "b"], ["c"]])
     keys = pa.chunked_array([["c", "", "x", None, "a"]])

@@ -23,6 +23,7 @@ OFFSET_US = {"LIDAR_TOP": 0, "CAM_FRONT": -35_000, "CAM_BACK": 1_500, "RADAR_FRO
 RADAR_FIELDS = NUSCENES.radar_columns
 RADAR_SIZES = (4, 4, 4, 1, 2, 4, 4, 4, 4, 4, 1, 1, 1, 1, 1, 1, 1, 1)
 RADAR_TYPES = "FFFIIFFFFFIIIIIIII"
+LEVELS = ("v0-40", "v40-60", "v60-80", "v80-100")
 MOUNTS = {
     "LIDAR_TOP": ([0.94, 0.0, 1.84], -1.5707),
     "CAM_FRONT": ([1.7, 0.02, 1.5], 0.0),
@@ -138,7 +139,7 @@ class Tree:
                 {"token": token("sensor", c), "channel": c, "modality": c.split("_")[0].lower().replace("cam", "camera")}
                 for c in CHANNELS
             ],
-            "visibility": [{"token": str(i + 1), "level": f"v{i}", "description": ""} for i in range(4)],
+            "visibility": [{"token": str(i + 1), "level": level, "description": ""} for i, level in enumerate(LEVELS)],
         }
 
     def _scene(self, number: int, scene: str) -> None:
