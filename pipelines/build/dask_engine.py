@@ -16,7 +16,7 @@ from pipelines.build.pool import TRIES, Deaths, _interrupts_ignored
 if TYPE_CHECKING:
     from pipelines.build.engine import Engine
 
-__all__ = ["run_dask"]
+__all__ = ["check_address", "run_dask"]
 
 CONNECT_S = 20
 
@@ -36,7 +36,6 @@ def _client(engine: Engine, jobs: int) -> Iterator[Any]:
     from distributed import Client, LocalCluster
 
     if "://" in engine.executor:
-        _check_address(engine.executor)
         try:  # errors of the build pass through here later on, and some of them are OSErrors
             client = Client(engine.executor, timeout=CONNECT_S, set_as_default=False)
         except OSError as error:
@@ -73,7 +72,7 @@ def _client(engine: Engine, jobs: int) -> Iterator[Any]:
             cluster.close(timeout=8)
 
 
-def _check_address(text: str) -> None:
+def check_address(text: str) -> None:
     """UsageError for what cannot be a scheduler's address; a client made with it would wait at the end of the program."""
     from distributed.comm.addressing import parse_address, parse_host_port
     from distributed.comm.registry import get_backend

@@ -46,7 +46,11 @@ class Engine:
     on_death: Callable[[str], None] | None = None
 
     def __post_init__(self) -> None:
-        if self.executor not in EXECUTORS and "://" not in self.executor:
+        if "://" in self.executor:
+            from pipelines.build.dask_engine import check_address
+
+            check_address(self.executor)
+        elif self.executor not in EXECUTORS:
             raise UsageError("unknown executor", expected=", ".join([*EXECUTORS, "tcp://HOST:PORT"]), found=self.executor)
 
     def stalled(self, out: Path, since: float) -> None:

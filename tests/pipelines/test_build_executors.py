@@ -160,12 +160,12 @@ def test_a_worker_that_ends_between_two_shards_costs_no_try(
     assert len(ended) == 1 and result.deaths == 0 and stored(tmp_path / "c") == reference
 
 
-@pytest.mark.parametrize(("name", "value"), [("executor", "magic"), ("on_error", "quarentine")])
+@pytest.mark.parametrize(("name", "value"), [("executor", "magic"), ("executor", "tcp://x"), ("on_error", "quarentine")])
 def test_a_wrong_word_is_refused_before_anything_is_touched(
     world: Path, tmp_path: Path, reference: dict[str, bytes], name: str, value: str
 ) -> None:
     build_toy(world, tmp_path / "c")
-    with pytest.raises(UsageError, match=name.replace("_", ".")):
+    with pytest.raises(UsageError, match="address" if "//" in value else name.replace("_", ".")):
         build_toy(world, tmp_path / "c", update=True, **{name: value})
     assert stored(tmp_path / "c") == reference and open_toy_cache(tmp_path / "c").id
 
