@@ -219,7 +219,8 @@ def _remember_command(
     """Keep every different command line that filled this folder; the table prints them."""
     words = ["imkd bench distill", *(f"--{k} {v}" for k, v in options.items() if v)]
     words += [f"--steps {k}={v}" for k, v in steps.items()] + [f"--set {k}={v}" for k, v in settings.items()]
-    line = " ".join(words) + (" --no-admission" if admission is False else "") + " --out DIR --docs docs"
+    docs = "docs" if options["preset"] == "tiny" else f"docs/{options['preset']}"  # where each preset's tables are published
+    line = " ".join(words) + (" --no-admission" if admission is False else "") + f" --out DIR --docs {docs}"
     path = root / "commands.json"
     with _held(path, wait=True):
         known = json.loads(path.read_text()) if path.is_file() else []

@@ -188,7 +188,7 @@ def _independent(report: Mapping[str, Any]) -> list[str]:
         + (f" Admission checks not shown there: {', '.join(failed)}." if failed else ""),
         "",
         "```",
-        *(c.replace("--out DIR --docs docs", "--out DIR/independent") for c in report["commands"]),
+        *(c.partition(" --out DIR")[0] + " --out DIR/independent" for c in report["commands"]),
         "```",
         "",
         *_gains(report["paired"]),
