@@ -33,13 +33,6 @@ def canonical_json(value: Any) -> bytes:
     return text.encode() + b"\n"
 
 
-def _check_count(name: str, value: Any) -> None:
-    """RecipeError where ``value`` is no whole number that the recipe entry ``name`` can have."""
-    if type(value) is not int or not 1 <= value <= _LARGEST[name]:
-        expected = f"a whole number from 1 to {_LARGEST[name]:,}"
-        raise RecipeError(f"recipe has a wrong {name}", expected=expected, found=repr(value))
-
-
 def _is_json(value: Mapping[Any, Any]) -> bool:
     try:
         canonical_json(dict(value))
@@ -92,8 +85,9 @@ class Recipe:
     def __post_init__(self) -> None:
         modes = ("scaled", "original", "reference")
         self._check("images_mode", self.images_mode in modes, ", ".join(modes))
-        for name in _LARGEST:
-            _check_count(name, getattr(self, name))
+        for name, most in _LARGEST.items():
+            value = getattr(self, name)
+            self._check(name, type(value) is int and 1 <= value <= most, f"a whole number from 1 to {most:,}")
         for name in ("dataset", "version", "reference_channel"):
             self._check(name, isinstance(getattr(self, name), str), "a name")
         for name in ("splits", "scenes", "sensors", "fields"):

@@ -60,8 +60,7 @@ def open_nuscenes(
 
     sensors: declared channels (default all twelve). reference_channel: whose keyframe time ``ego`` means; default LIDAR_TOP if
     it is declared, else the first declared sensor. strict: odd but legal files are errors. Raises UsageError (unknown
-    sensor), RecipeError (a number of sweeps that no recipe can have), SourceMissingError (no such version or table),
-    InputDataError (broken tables).
+    sensor, no number of sweeps), SourceMissingError (no such version or table), InputDataError (broken tables).
     """
     return NuScenesReader(Path(dataroot), version, _declared(sensors), lidar_sweeps, radar_sweeps, reference_channel, strict)
 

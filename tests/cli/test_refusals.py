@@ -181,21 +181,15 @@ MODEL_NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize(("words", "named"), NUMBERS)
+@pytest.mark.parametrize(
+    ("command", "words", "named"),
+    [*(("imkd-data", *case) for case in NUMBERS), *(("imkd", *case) for case in MODEL_NUMBERS)],
+)
 def test_numbers_that_cannot_be_meant(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, named: str
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, words: str, named: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run("imkd-data", *words.split()).refused(2, named)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("words", "named"), MODEL_NUMBERS)
-def test_numbers_of_the_other_command(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, named: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    run("imkd", *words.split()).refused(2, named)
+    run(command, *words.split()).refused(2, named)
     assert not list(tmp_path.iterdir())
 
 
