@@ -11,10 +11,7 @@ shard after all publish equal bytes. Streams fetch ahead (``ahead.py``).
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import random
-import re
 import threading
 import time
 import uuid
@@ -28,8 +25,9 @@ from imkd_data.cache import layout
 from imkd_data.cache.commit import sha256_hex, storage_error
 from imkd_data.cache.receipt import parse_json, unsealed
 from imkd_data.cache.shard_file import ShardFile
+from imkd_data.cache.source import READ_TIMEOUT_S, GivenUp, Source, sealed, stopping
 from imkd_data.cache.store import Cache
-from imkd_data.errors import CacheDamageError, DiskFullError, ImkdError, MismatchError, StorageError, UsageError
+from imkd_data.errors import CacheDamageError, ImkdError, UsageError
 from imkd_data.fields.base import CacheField
 
 __all__ = ["RemoteCache", "default_store", "is_url", "open_remote"]
@@ -39,11 +37,8 @@ Key = tuple[str, int]  # field, number of its shard
 
 DEFAULT_LIMIT = 200 * 2**30
 MARKER = ".imkd-store"
-ATTEMPTS = 5
 ATTEMPTS_AHEAD = 2  # then the read that needs the file tries, and raises
-READ_TIMEOUT_S = 60.0
 ABANDONED_S = 3600.0
-CHUNK = 1 << 20
 
 
 def is_url(path: object) -> bool:
@@ -78,7 +73,7 @@ def open_remote(
         manifest says, or the manifest is none. MismatchError: written by a newer version. UsageError: no support for this kind
         of URL is installed.
     """
-    source = _Source(url.rstrip("/"), timeout_s)
+    source = Source(url.rstrip("/"), timeout_s)
     manifest = source.read("manifest.json", _manifest)
     value = _manifest(manifest)
     folder = Path(store or default_store()) / sha256_hex(manifest)
@@ -92,7 +87,7 @@ def open_remote(
     for name, seal in seals.items():
         _safe_name(name)
         if not _whole(folder / name, seal):
-            _publish(folder / name, source.read(name, _sealed(seal, name)))
+            _publish(folder / name, source.read(name, sealed(seal, name)))
     made = kind or RemoteCache
     return made(url, Path(store or default_store()), limit_bytes, timeout_s, folder, tuple(fields), source)
 
@@ -116,16 +111,6 @@ def _whole(path: Path, seal: str) -> bool:
 def _safe_name(name: str) -> None:
     if name.startswith(("/", "\\")) or ".." in name.split("/") or "\0" in name:
         raise CacheDamageError("the manifest names a path outside the cache", rule="manifest.path", found=name)
-
-
-def _sealed(seal: str, name: str) -> Callable[[bytes], None]:
-    def check(data: bytes) -> None:
-        if sha256_hex(data) != seal:
-            raise CacheDamageError(
-                "what arrived is not what the manifest says", rule="remote.sha256", file=name, expected=f"sha256 {seal[:16]}"
-            )
-
-    return check
 
 
 def _claim(folder: Path) -> None:
@@ -177,127 +162,6 @@ def _on_its_way(path: Path, silence_s: float) -> bool:
     return False
 
 
-class _GivenUp(Exception):
-    """Fetching ahead ended before the file was here."""
-
-
-def _stopping(closed: threading.Event) -> Any:
-    """A callback of fsspec that ends a transfer at its next bytes once ``closed`` is set."""
-    from fsspec.callbacks import Callback
-
-    class Stopping(Callback):  # type: ignore[misc]
-        def relative_update(self, inc: int = 1) -> None:
-            if closed.is_set():
-                raise _GivenUp
-
-    return Stopping()
-
-
-def _pause(attempt: int) -> None:
-    """Wait before a further attempt: longer each time, with jitter so that many readers do not return together."""
-    time.sleep(min(8.0, 0.2 * 2**attempt) * (0.5 + random.random()))
-
-
-class _Source:
-    """The far side: reads of whole files with bounded retries, jitter, and a limit on silence."""
-
-    def __init__(self, url: str, timeout_s: float) -> None:
-        import fsspec
-
-        self.url, self.timeout_s = url, timeout_s
-        self.shown = re.sub(r"//[^/@]*@", "//", url)  # no credentials in messages
-        protocol = url.split("://", 1)[0]
-        options: dict[str, Any] = {"skip_instance_cache": True}
-        if protocol in ("http", "https"):
-            import aiohttp
-
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
-            options["client_kwargs"] = {"timeout": timeout}
-        if protocol == "s3":
-            options["config_kwargs"] = {"read_timeout": timeout_s, "connect_timeout": timeout_s}
-        try:
-            self.fs, self.root = fsspec.core.url_to_fs(url, **options)
-        except (ImportError, ValueError) as error:
-            raise UsageError(
-                f"no support for {protocol}:// is installed", found=str(error)[:200], next="pip install 'imkd[remote]'"
-            ) from error
-
-    def _try(self, name: str, action: Callable[[], T], attempts: int = ATTEMPTS) -> T:
-        """Run ``action`` up to ``attempts`` times; wrong bytes are retried too, they may be a proxy's."""
-        last: Exception | None = None
-        for attempt in range(attempts):
-            if attempt:
-                _pause(attempt)
-            try:
-                return action()
-            except (UsageError, KeyboardInterrupt, _GivenUp):
-                raise
-            except MismatchError as error:  # another version: asking again changes nothing
-                error.details["file"] = f"{self.shown}/{name}"
-                raise
-            except Exception as error:  # every library has its own network errors
-                if isinstance(error, StorageError):  # our own disk
-                    raise
-                last = error
-        if isinstance(last, CacheDamageError):
-            raise CacheDamageError(
-                f"{last.what}, {attempts} times",
-                **{**last.details, "file": f"{self.shown}/{name}", "next": "imkd-data verify at the source"},
-            ) from last
-        raise StorageError(
-            "a file of the remote cache could not be read",
-            rule="remote.read",
-            file=f"{self.shown}/{name}",
-            expected=f"an answer within {attempts} attempts",
-            found=f"{type(last).__name__}: {str(last)[:160]}",
-            next="check the server, then run the same command again",
-        ) from last
-
-    def read(self, name: str, check: Callable[[bytes], object]) -> bytes:
-        """A small file, checked."""
-
-        def once() -> bytes:
-            data: bytes = self.fs.cat_file(f"{self.root}/{name}")
-            check(data)
-            return data
-
-        return self._try(name, once)
-
-    def download(
-        self, name: str, partial: Path, *, size: int, sha256: str, attempts: int = ATTEMPTS, callback: Any = None
-    ) -> None:
-        """A data file, streamed into ``partial`` and checked."""
-        options = {} if callback is None else {"callback": callback}
-
-        def once() -> None:
-            try:
-                self.fs.get_file(f"{self.root}/{name}", str(partial), **options)
-            except OSError as error:  # of the network mostly, which is tried again; a full disk here is not
-                ours = storage_error(error, partial, size)
-                if isinstance(ours, DiskFullError):
-                    raise ours from error
-                raise
-            _check_file(partial, name, size, sha256)
-
-        self._try(name, once, attempts)
-
-
-def _check_file(path: Path, name: str, size: int, sha256: str) -> None:
-    found = path.stat().st_size
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    if found != size or digest.hexdigest() != sha256:
-        raise CacheDamageError(
-            "a shard arrived damaged",
-            rule="remote.sha256",
-            file=name,
-            expected=f"{size:,} bytes, sha256 {sha256[:16]}",
-            found=f"{found:,} bytes, sha256 {digest.hexdigest()[:16]}",
-        )
-
-
 class RemoteCache(Cache):
     """A ``Cache`` whose shards are fetched when they are first needed. ``url`` is where from; ``path`` is the local folder."""
 
@@ -309,7 +173,7 @@ class RemoteCache(Cache):
         timeout_s: float,
         folder: Path,
         own_fields: tuple[CacheField, ...],
-        source: _Source,
+        source: Source,
     ) -> None:
         self.url, self.store, self.limit_bytes, self.timeout_s = url, store, limit_bytes, timeout_s
         self._source = source
@@ -363,7 +227,7 @@ class RemoteCache(Cache):
     def fetch_ahead(self, name: str, number: int, *, closed: threading.Event) -> None:
         """Fetch a shard of ``coming`` unless it is here, on its way, no longer in it, or has no room beside the rest of it.
         Ends soon after ``closed`` is set. Raises as a read does, after fewer attempts."""
-        with contextlib.suppress(_GivenUp):
+        with contextlib.suppress(GivenUp):
             self._fetch(name, number, self._path(name, number), closed)
 
     def _fetch(self, name: str, number: int, path: Path, closed: threading.Event | None = None) -> bool:
@@ -371,12 +235,12 @@ class RemoteCache(Cache):
         size, _, _, seal = self.manifest["fields"][name]["shards"][number]
         relative = layout.receipt_path(Path(), name, number).as_posix()
         partial = _partial(path)
-        ahead: dict[str, Any] = {} if closed is None else {"attempts": ATTEMPTS_AHEAD, "callback": _stopping(closed)}
+        ahead: dict[str, Any] = {} if closed is None else {"attempts": ATTEMPTS_AHEAD, "callback": stopping(closed)}
         try:
             if not self._begun((name, number), path, partial, int(size), closed is not None):
                 return False
             try:
-                receipt = parse_json(self._source.read(relative, _sealed(seal, relative)), Path(relative))
+                receipt = parse_json(self._source.read(relative, sealed(seal, relative)), Path(relative))
                 source = str(path.relative_to(self.path))
                 self._source.download(source, partial, size=int(size), sha256=receipt["sha256"], **ahead)
                 with self._room:  # at once, or it counts twice and another shard goes for it
@@ -401,7 +265,7 @@ class RemoteCache(Cache):
                 for rank, other in enumerate(keys):
                     needed[other] = min(rank, needed.get(other, rank))
             if ahead and key not in needed:  # its batch has come and gone while this thread waited
-                raise _GivenUp
+                raise GivenUp
             self._make_room(size + sum(list(self._on_way.values())), needed, ahead)
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.touch()
@@ -410,7 +274,7 @@ class RemoteCache(Cache):
 
     def _make_room(self, wanted: int, needed: dict[Key, int], ahead: bool) -> None:
         """Remove shards until ``wanted`` more bytes fit: first those that no coming batch needs, least recently opened first,
-        then those needed last. Of the latter none goes for a fetch ahead: _GivenUp is raised where they leave no room."""
+        then those needed last. Of the latter none goes for a fetch ahead: GivenUp is raised where they leave no room."""
         files = []
         for name in self.fields:
             for number in range(len(self.shards)):
@@ -423,7 +287,7 @@ class RemoteCache(Cache):
                 order = (0, stat.st_mtime_ns) if rank is None else (1, -rank)
                 files.append((order, stat.st_size, (name, number), path))
         if ahead and sum(size for order, size, _, _ in files if order[0]) + wanted > self.limit_bytes:
-            raise _GivenUp
+            raise GivenUp
         total = sum(size for _, size, _, _ in files)
         for _, size, key, path in sorted(files, key=lambda f: f[0]):
             if total + wanted <= self.limit_bytes:

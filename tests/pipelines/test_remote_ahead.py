@@ -16,7 +16,7 @@ from disk_cache import disk_cache
 from file_server import Server
 
 from imkd_data import open_cache
-from imkd_data.cache import remote
+from imkd_data.cache import remote, source
 from imkd_data.cache.ahead import IN_FLIGHT
 from imkd_data.cache.remote import open_remote
 from imkd_data.errors import CacheDamageError, StorageError
@@ -35,7 +35,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server(local: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     pytest.importorskip("aiohttp")
-    monkeypatch.setattr(remote, "_pause", lambda attempt: None)
+    monkeypatch.setattr(source, "_pause", lambda attempt: None)
     made = Server(local, pause_s=0.02)
     yield made
     made.close()

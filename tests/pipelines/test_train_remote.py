@@ -15,7 +15,7 @@ from file_server import Server
 from toy_training import toy_run
 
 from imkd_data import open_cache
-from imkd_data.cache import remote
+from imkd_data.cache import source
 from imkd_data.cache.remote import RemoteCache, open_remote
 from imkd_data.errors import CacheDamageError, StorageError, UsageError
 from imkd_data.loader.stream import stream
@@ -32,7 +32,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server(local: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     pytest.importorskip("aiohttp")
-    monkeypatch.setattr(remote, "_pause", lambda attempt: None)  # no waiting between attempts
+    monkeypatch.setattr(source, "_pause", lambda attempt: None)  # no waiting between attempts
     made = Server(local)
     yield made
     made.close()
@@ -73,7 +73,7 @@ def test_a_partial_never_enters_the_store(local: Path, server: Server, tmp_path:
     assert server.url in str(raised.value) and "5" in str(raised.value)
     assert raised.value.code == (4 if fault == "corrupt" else 5)
     assert not list(tmp_path.rglob("*.tar")) and not list(tmp_path.rglob("*.partial"))
-    assert len([a for a in server.asked if a.endswith(".tar")]) == remote.ATTEMPTS
+    assert len([a for a in server.asked if a.endswith(".tar")]) == source.ATTEMPTS
 
 
 def test_a_changed_manifest_or_receipt_is_found(local: Path, server: Server, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from imkd_data import open_cache
-from imkd_data.cache import remote, store
+from imkd_data.cache import remote, source, store
 from imkd_data.cache.remote import RemoteCache, open_remote
 from imkd_data.errors import CacheDamageError, DiskFullError, MismatchError
 from imkd_data.loader.stream import stream
@@ -21,7 +21,7 @@ URL = f"file://{FIXTURE}"
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_pause", lambda attempt: None)
+    monkeypatch.setattr(source, "_pause", lambda attempt: None)
 
 
 @pytest.mark.parametrize(
