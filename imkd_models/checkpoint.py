@@ -37,6 +37,7 @@ from imkd_models.state import flatten, unflatten
 
 __all__ = [
     "Checkpoint",
+    "add_score",
     "load_checkpoint",
     "load_model",
     "load_weights",
@@ -114,9 +115,8 @@ def save_checkpoint(
     *,
     networks: Mapping[str, nn.Module | Weights] | None = None,
     keep: int = 2,
-    best: bool = False,
 ) -> Path:
-    """Write ``directory/step-<step>.ckpt`` and point ``last.ckpt`` (and ``best.ckpt`` if ``best``) at it.
+    """Write ``directory/step-<step>.ckpt`` and point ``last.ckpt`` at it.
 
     model: the network to deploy, or its weights. networks: further networks the model needs to be built again.
     meta: JSON values (run, method, cache identity, metrics). keep: newest folders that stay, besides last and best.
@@ -135,9 +135,8 @@ def save_checkpoint(
         _publish(partial, target)
         fault.point("checkpoint.renamed")
         load_checkpoint(target)  # read back before anything older goes
-        for name in ("last.ckpt", *(("best.ckpt",) if best else ())):
-            _swap_link(root / name, target.name)
-            fault.point(f"checkpoint.{name}")
+        _swap_link(root / "last.ckpt", target.name)
+        fault.point("checkpoint.last.ckpt")
         _drop_old(root, keep)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -145,6 +144,33 @@ def save_checkpoint(
             raise
         raise _storage_error(error, target) from error
     return target
+
+
+def add_score(directory: Path | str, step: int, score: float, *, best: bool) -> None:
+    """Write ``metrics.score`` into the saved checkpoint of ``step``, and point ``best.ckpt`` at it if ``best``.
+
+    Only the description changes, by rename: a crash at any point leaves the checkpoint whole, with or without its score.
+    Errors: DiskFullError, StorageError, and as ``load_checkpoint``.
+    """
+    root = Path(directory)
+    target = root / f"step-{step:08d}.ckpt"
+    body = _description(target)
+    body["metrics"] = {**body.get("metrics", {}), "score": score}
+    partial = target / f".{META}.partial"
+    try:
+        partial.unlink(missing_ok=True)
+        _write(partial, _sealed(body))
+        fault.point("checkpoint.score")
+        os.replace(partial, target / META)
+        _sync(target)
+        if best:
+            _swap_link(root / "best.ckpt", target.name)
+            fault.point("checkpoint.best.ckpt")
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, ImkdError):
+            raise
+        raise _storage_error(error, target) from error
 
 
 def _write_folder(
@@ -184,9 +210,13 @@ def _write_folder(
         "software": {"torch": str(torch.__version__)},
         **meta,
     }
-    body["sha256"] = hashlib.sha256(canonical_json(body)).hexdigest()
-    _write(folder / META, canonical_json(body))
+    _write(folder / META, _sealed(body))
     _sync(folder)
+
+
+def _sealed(body: Mapping[str, Any]) -> bytes:
+    """A description's bytes, with the sha256 of its own body."""
+    return canonical_json({**body, "sha256": hashlib.sha256(canonical_json(body)).hexdigest()})
 
 
 def _publish(partial: Path, target: Path) -> None:
@@ -303,15 +333,13 @@ def _damage(path: Path, what: str, **details: Any) -> CacheDamageError:
     )
 
 
-def load_checkpoint(path: Path | str) -> Checkpoint:
-    """Open and check a checkpoint. Errors: SourceMissingError, CacheDamageError (bytes), MismatchError (format)."""
-    folder = resolve_checkpoint(path)
+def _description(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's description says without its sha256, once that and the format are right."""
     raw = (folder / META).read_bytes()
     try:
-        body = json.loads(raw)
-        claimed = body.pop("sha256")
-        whole = raw == canonical_json({**body, "sha256": claimed})
-        whole = whole and claimed == hashlib.sha256(canonical_json(body)).hexdigest()
+        body: dict[str, Any] = json.loads(raw)
+        del body["sha256"]
+        whole = raw == _sealed(body)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise _damage(folder / META, "the checkpoint's description cannot be read") from error
     if not whole:
@@ -324,6 +352,13 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
             found=f"format {body['format']}",
             next="use the version of imkd that wrote it",
         )
+    return body
+
+
+def load_checkpoint(path: Path | str) -> Checkpoint:
+    """Open and check a checkpoint. Errors: SourceMissingError, CacheDamageError (bytes), MismatchError (format)."""
+    folder = resolve_checkpoint(path)
+    body = _description(folder)
     for name, entry in body["files"].items():
         file = folder / name
         if not file.is_file():

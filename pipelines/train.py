@@ -26,7 +26,7 @@ from imkd_data.errors import ImkdError, UsageError
 from imkd_data.loader.batch import Batch
 from imkd_data.loader.order import key64
 from imkd_data.loader.stream import Stream, held_out_rows, stream
-from imkd_models.checkpoint import load_checkpoint, save_checkpoint
+from imkd_models.checkpoint import add_score, load_checkpoint, save_checkpoint
 from pipelines import validate
 from pipelines.guard import StopSignals, agree, elsewhere, interrupted, lost_rank, non_finite_error, total
 from pipelines.machine import Machine, accumulation, loss_scaler, make_fabric
@@ -192,6 +192,8 @@ class _Trainer:
         saved_step = first if self.saved is not None else -1
         try:
             with StopSignals() as signals:
+                if self.saved is not None and "score" not in self.saved.meta.get("metrics", {}):  # stopped on a validation step
+                    self._validate(first, ema)
                 for step in range(first, self.total):
                     stopped = self._step(step, batches, unit, optimiser, ema, log, signals)
                     if stopped or self._due(step + 1):
@@ -199,6 +201,7 @@ class _Trainer:
                         saved_step = step + 1
                     if stopped:
                         raise interrupted(stopped, step + 1, self.total)
+                    self._validate(step + 1, ema)
             if saved_step != self.total:
                 self._save(self.total, unit, optimiser, ema)
         except RuntimeError as error:
@@ -359,7 +362,6 @@ class _Trainer:
         scaler = loss_scaler(self.fabric)
         if scaler is not None:
             state["scaler"] = scaler.state_dict()
-        score = self._validated(step, ema)
         meta = {
             "name": self.top if self.top == self.run.name else f"{self.top}/{self.run.name}",
             "run": self._config(),
@@ -374,7 +376,7 @@ class _Trainer:
             "stream": stream_meta(self.stream),
             "teacher_records": self.teacher_records,
             "warnings": self.warnings,
-            "metrics": {"losses": self.losses, "skipped": self.skips, **({} if score is None else {"score": score})},
+            "metrics": {"losses": self.losses, "skipped": self.skips},
         }
         save_checkpoint(
             self.out,
@@ -385,23 +387,26 @@ class _Trainer:
             meta,
             networks=self.networks.kept,
             keep=self.run.keep,
-            best=score is not None and score >= self._best(),
         )
         self.fabric.barrier()
 
-    def _validated(self, step: int, ema: Ema | None) -> float | None:
-        """NDS of the copy that is deployed, by the fast engine, every ``validate_every`` steps."""
+    def _validate(self, step: int, ema: Ema | None) -> None:
+        """NDS of the copy that is deployed, by the fast engine, every ``validate_every`` steps. It is written into the step's
+        checkpoint, which is whole by then: what ends the process meanwhile loses no step, and the resumed run validates."""
         if not validate.due(self.run, step):
-            return None
-        return validate.score_network(
-            self.networks.model,
-            None if ema is None else ema.shadow,
-            self.cache,
-            self.dataroot,
-            self.out / "validation",
-            meta={"run": self._config(), "step": step},
-            device=self.fabric.device,
-        )
+            return
+        if self.rank == 0:
+            score = validate.score_network(
+                self.networks.model,
+                None if ema is None else ema.shadow,
+                self.cache,
+                self.dataroot,
+                self.out / "validation",
+                meta={"run": self._config(), "step": step},
+                device=self.fabric.device,
+            )
+            add_score(self.out, step, score, best=score >= self._best())
+        self.fabric.barrier()
 
     def _best(self) -> float:
         try:

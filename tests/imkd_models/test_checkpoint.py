@@ -14,7 +14,14 @@ import torch
 from torch import nn
 
 from imkd_data.errors import CacheDamageError, DiskFullError, MismatchError, SourceMissingError
-from imkd_models.checkpoint import load_checkpoint, load_weights, resolve_checkpoint, save_checkpoint, weights_hash
+from imkd_models.checkpoint import (
+    add_score,
+    load_checkpoint,
+    load_weights,
+    resolve_checkpoint,
+    save_checkpoint,
+    weights_hash,
+)
 
 POINTS = (
     "checkpoint.begin",
@@ -23,7 +30,6 @@ POINTS = (
     "checkpoint.written",
     "checkpoint.renamed",
     "checkpoint.last.ckpt",
-    "checkpoint.best.ckpt",
     "checkpoint.drop",
 )
 
@@ -71,7 +77,9 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_keep_best_and_relative_links(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for step in range(1, 7):
-        save_checkpoint(run, step, net(step), keep=2, best=step == 2)
+        save_checkpoint(run, step, net(step), keep=2)
+        if step in (1, 2):
+            add_score(run, step, step / 10, best=True)
     assert sorted(p.name for p in run.iterdir() if p.is_dir() and not p.is_symlink()) == [
         "step-00000002.ckpt",
         "step-00000005.ckpt",
@@ -133,7 +141,13 @@ from pathlib import Path
 sys.path.insert(0, {here!r})
 from test_checkpoint import STATE, net
 from imkd_models.checkpoint import save_checkpoint
-save_checkpoint(Path({run!r}), 4, net(4), None, STATE, keep=1, best=True)
+save_checkpoint(Path({run!r}), 4, net(4), None, STATE, keep=1)
+"""
+
+SCORE_SCRIPT = """
+from pathlib import Path
+from imkd_models.checkpoint import add_score
+add_score(Path({run!r}), 2, 0.5, best=True)
 """
 
 
@@ -141,17 +155,42 @@ save_checkpoint(Path({run!r}), 4, net(4), None, STATE, keep=1, best=True)
 def test_kill_at_every_step_of_the_save(tmp_path: Path, point: str) -> None:
     run = tmp_path / "run"
     for step in (1, 2, 3):
-        save_checkpoint(run, step, net(step), None, STATE, keep=3, best=step == 1)
+        save_checkpoint(run, step, net(step), None, STATE, keep=3)
     script = SCRIPT.format(here=str(Path(__file__).parent), run=str(run))
     killed = subprocess.run([sys.executable, "-c", script], env={**os.environ, "IMKD_FAULT": f"{point}:kill"}, timeout=60)
     assert killed.returncode == -9
     after = load_checkpoint(run / "last.ckpt")  # the previous one, or the new one, never a torn one
     assert after.step == (4 if POINTS.index(point) >= POINTS.index("checkpoint.last.ckpt") else 3)
-    assert load_checkpoint(run / "best.ckpt").step in (1, 4)
     assert equal(after.model, dict(net(after.step).state_dict()))
     save_checkpoint(run, 4, net(4), None, STATE, keep=1)  # the same save again succeeds and leaves nothing behind
     assert load_checkpoint(run).step == 4
     assert not [p for p in run.iterdir() if p.name.startswith(".step")]
+
+
+@pytest.mark.parametrize("point", ["checkpoint.score", "checkpoint.best.ckpt"])
+def test_kill_while_a_score_is_added(tmp_path: Path, point: str) -> None:
+    """The checkpoint is whole with or without its score, and the score can be added again."""
+    run = tmp_path / "run"
+    for step in (1, 2):
+        save_checkpoint(run, step, net(step), None, STATE, {"metrics": {"losses": {"loss": 1.0}}})
+    add_score(run, 1, 0.25, best=True)
+    env = {**os.environ, "IMKD_FAULT": f"{point}:kill"}
+    assert subprocess.run([sys.executable, "-c", SCORE_SCRIPT.format(run=str(run))], env=env, timeout=60).returncode == -9
+    after, done = load_checkpoint(run), point == "checkpoint.best.ckpt"
+    assert after.meta["metrics"] == {"losses": {"loss": 1.0}, **({"score": 0.5} if done else {})}
+    assert equal(after.training, STATE) and load_checkpoint(run / "best.ckpt").step == (2 if done else 1)
+    add_score(run, 2, 0.5, best=True)
+    assert load_checkpoint(run / "best.ckpt").meta["metrics"]["score"] == 0.5
+    assert not list((run / "step-00000002.ckpt").glob(".*"))
+
+
+def test_a_damaged_checkpoint_gets_no_score(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, 1, net())
+    text = (folder / "checkpoint.json").read_text()
+    (folder / "checkpoint.json").write_text(text.replace('"step":1', '"step":2'))
+    with pytest.raises(CacheDamageError, match="was changed"):
+        add_score(tmp_path, 1, 0.5, best=True)
+    assert not (tmp_path / "best.ckpt").exists()
 
 
 @pytest.mark.parametrize("point", ["checkpoint.file.model", "checkpoint.written"])

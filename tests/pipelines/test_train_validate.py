@@ -16,7 +16,14 @@ from disk_cache import disk_cache
 from toy_training import toy_cache, toy_run
 
 from imkd_data import open_cache
-from imkd_data.errors import CacheDamageError, NoProgressError, SourceMissingError, StorageError, UsageError
+from imkd_data.errors import (
+    CacheDamageError,
+    InterruptedBuildError,
+    NoProgressError,
+    SourceMissingError,
+    StorageError,
+    UsageError,
+)
 from imkd_data.loader.stream import stream
 from imkd_models.checkpoint import load_checkpoint
 from pipelines.counting import _TABLE, count_cost, macs_key, resolved_config
@@ -63,6 +70,41 @@ def test_every_validation_takes_place_and_is_a_checkpoint(tmp_path: Path, monkey
     train(run, cache, out, accelerator="cpu", dataroot=tmp_path / "tree")
     assert steps == [2, 4] and load_checkpoint(out / "best.ckpt").meta["metrics"]["score"] == 0.5
     assert sorted(p.name for p in out.glob("step-*")) == ["step-00000002.ckpt", "step-00000005.ckpt"]
+
+
+@pytest.mark.parametrize("end", ["signal before", "killed meanwhile"])
+def test_a_run_that_ends_on_a_validation_step_keeps_it_and_validates_when_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """A stop signal saves at once (a scheduler's grace is shorter than a validation); what ends a validation loses no step."""
+    torch.set_num_threads(1)
+    cache, out = toy_cache(tmp_path / "world"), tmp_path / "run"
+    (tmp_path / "tree" / cache.recipe.version).mkdir(parents=True)
+    run = toy_run(max_steps=4, checkpoint_every=4, validate_every=2)
+    scored: list[int] = []
+
+    def score(*_: Any, meta: Any, **__: Any) -> float:
+        if end == "killed meanwhile" and not scored:
+            scored.append(-1)
+            raise KeyboardInterrupt
+        scored.append(meta["step"])
+        return 0.5
+
+    def ends(tick: Any) -> None:
+        if tick.step == 2 and end == "signal before" and not out.joinpath("last.ckpt").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("pipelines.validate.score_network", score)
+    values: dict[str, Any] = {"accelerator": "cpu", "dataroot": tmp_path / "tree", "progress": ends}
+    with pytest.raises(InterruptedBuildError if end == "signal before" else KeyboardInterrupt):
+        train(run, cache, out, **values)
+    left = load_checkpoint(out)
+    assert left.step == 2 and "score" not in left.meta["metrics"] and scored in ([], [-1])
+    train(run, cache, out, resume=True, **values)
+    assert [s for s in scored if s > 0] == [2, 4]
+    assert load_checkpoint(out / "step-00000002.ckpt").meta["metrics"]["score"] == 0.5
+    train(run, cache, out, resume=True, **values)  # finished and scored: nothing to do
+    assert [s for s in scored if s > 0] == [2, 4]
 
 
 def test_validation_without_its_truth_is_refused_before_training(tmp_path: Path) -> None:
