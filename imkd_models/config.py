@@ -283,11 +283,12 @@ class LidarConfig(ModelConfig):
 
     encoder: pillar | resnet34 | voxel. pillars_per_cell: pillars (voxels) along one head cell, even; resnet34 and voxel halve
     the grid three times down to it, so they take 8. widths, layers: stage0, stage1, stage2 (stage1 lies on the head grid).
-    neck_stages: 3 = all (3 x neck_channels), 2 = stage1 and stage2 only. intensity_scale multiplies reflectance 0..1 (255 for
-    imported public networks). points_per_pillar: cap of the public code, 0 = none (with a cap its padding enters the maximum).
-    scaled_inputs: point values of order one instead of metres (faster in short runs; public networks take metres). convention:
-    bev | mmdet3d_lwh | mmdet3d_wlh, see convention.py. mount_m: where the sensor sits in ego. near_removed_m: points of past
-    sweeps within this distance of the sensor in x and y are left out (1.0 in mmdetection3d; 0 = none).
+    neck_stages: 3 = all (3 x neck_channels), 2 = stage1 and stage2 only (all that voxel has). intensity_scale multiplies
+    reflectance 0..1 (255 for imported public networks). points_per_pillar: cap of the public code, 0 = none (with a cap its
+    padding enters the maximum). scaled_inputs: point values of order one instead of metres (faster in short runs; public
+    networks take metres). convention: bev | mmdet3d_lwh | mmdet3d_wlh, see convention.py. mount_m: where the sensor sits in
+    ego. near_removed_m: points of past sweeps within this distance of the sensor in x and y are left out (1.0 in mmdetection3d;
+    0 = none).
     """
 
     kind: ClassVar[str] = "lidar"

@@ -169,6 +169,10 @@ class LidarStages(nn.Module):
         self.turned = config.convention != "bev"
         grid = finer(network_grid(config.grid) if self.turned else config.grid, config.pillars_per_cell)
         if config.encoder == "voxel":
+            if config.neck_stages != 2:  # not in LidarConfig: networks without this neck take any
+                raise RecipeError(
+                    "neck_stages of encoder voxel", expected="2 (it has no stage0)", found=str(config.neck_stages)
+                )
             from imkd_models.voxel import VoxelEncoder
 
             self.encoder: nn.Module = VoxelEncoder(config, grid)

@@ -213,6 +213,12 @@ def test_voxel_teacher_says_what_to_install_where_spconv_is_absent():
         LidarDetector(voxel_config(grid=SMALL))
 
 
+def test_a_neck_over_three_stages_is_refused_for_voxels():
+    """Before spconv is asked for."""
+    with pytest.raises(RecipeError, match="neck_stages of encoder voxel"):
+        LidarDetector(small_lidar(encoder="voxel", pillars_per_cell=8, neck_stages=3))
+
+
 def test_missing_lidar_is_named():
     with pytest.raises(MissingFeatureError, match="without lidar"):
         LidarDetector(small_lidar())(make_batch(lidar=None))
