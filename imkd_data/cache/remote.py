@@ -179,6 +179,7 @@ class RemoteCache(Cache):
         self._source = source
         self._room = threading.Lock()
         self._on_way: dict[Path, int] = {}  # by dot name, bytes that have been given room
+        self._renewed: set[Key] = set()  # shards whose local copy was damaged and has been dropped once
         self.coming: dict[object, Collection[Key]] = {}  # what each stream's next batches read, in order of need
         super().__init__(folder, own_fields)
 
@@ -209,16 +210,31 @@ class RemoteCache(Cache):
         return self._kept(super()._read_array, name, row)
 
     def _kept(self, read: Callable[[str, int], T], name: str, row: int) -> T:
-        """Read a row, again where another process evicted its shard before this one had it open (with many shards a file is
-        opened for every read)."""
+        """Read a row: again where another process evicted its shard before this one had it open (with many shards a file is
+        opened for every read), and once from a new copy where this one is damaged (power failure, bad disk)."""
+        key = name, row // self.recipe.rows_per_shard
         while True:
+            renewed = key in self._renewed
             try:
                 return read(name, row)
             except CacheDamageError as error:
                 if error.rule != "data.missing":
-                    raise
+                    if renewed:  # the new copy too: damage of the source
+                        raise
+                    self._drop_damaged(key)
                 with self._lock:
-                    self._files.pop((name, row // self.recipe.rows_per_shard), None)
+                    self._files.pop(key, None)
+
+    def _drop_damaged(self, key: Key) -> None:
+        path = self._path(*key)
+        with self._lock:
+            if key in self._renewed:  # by another thread, since this one began to read
+                return
+            self._renewed.add(key)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise storage_error(error, path) from error
 
     def size_of(self, name: str, number: int) -> int:
         """Bytes of a field's shard."""

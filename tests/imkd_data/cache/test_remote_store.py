@@ -87,6 +87,38 @@ def test_an_evicted_shard_beyond_the_open_files(tmp_path: Path, field: str, monk
     assert again == near.read(field, 1) if field == "images" else (again == near.read(field, 1)).all()
 
 
+@pytest.mark.parametrize("field", ["boxes", "images"])
+@pytest.mark.parametrize("how", ["cut", "empty", "flipped", "zeros"])
+def test_a_damaged_copy_of_a_shard_is_fetched_again(tmp_path: Path, field: str, how: str) -> None:
+    """Left by a power failure or a bad disk after it had been checked."""
+    near, row = open_cache(FIXTURE), 0
+    copy = open_remote(URL, store=tmp_path)._path(field, row)
+    open_remote(URL, store=tmp_path).read(field, row)
+    whole = copy.read_bytes()
+    flipped = bytes(b ^ 4 for b in whole)
+    copy.write_bytes({"cut": whole[:-10], "empty": b"", "flipped": flipped, "zeros": bytes(len(whole))}[how])
+    again = open_remote(URL, store=tmp_path).read(field, row)
+    assert again == near.read(field, row) if field == "images" else (again == near.read(field, row)).all()
+    assert copy.read_bytes() == whole
+
+
+def test_damage_that_every_copy_has_is_an_error_after_one_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source itself is damaged inside a file whose receipt agrees."""
+    far, fetched, real = open_remote(URL, store=tmp_path), [], RemoteCache._fetch
+
+    def broken(self: RemoteCache, name: str, number: int, path: Path, *rest: Any) -> bool:
+        done = real(self, name, number, path, *rest)
+        fetched.append(name)
+        path.write_bytes(bytes(path.stat().st_size))
+        return done
+
+    monkeypatch.setattr(RemoteCache, "_fetch", broken)
+    for _ in range(2):
+        with pytest.raises(CacheDamageError):
+            far.read("boxes", 0)
+    assert fetched == ["boxes", "boxes"]
+
+
 def test_eviction_makes_no_sample_a_bad_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     far, touch = open_remote(URL, store=tmp_path), os.utime
 
