@@ -102,13 +102,15 @@ def _spread(rows: Mapping[str, Mapping[int, Score]]) -> dict[str, Any]:
     }
 
 
-def _unfinished(rows: Mapping[str, Mapping[int, Score]], admission: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
-    """What this table still lacks before anything may be claimed from it."""
+def _unfinished(rows: Mapping[str, Mapping[int, Score]]) -> list[str]:
+    """Rows that lack seeds, without which nothing may be claimed from them."""
+    wanted = ("plain", *(row for name in PUBLISHED_GAIN_NDS for row in (name, f"{name}_twin")))
+    return [f"{row}: {have} of {MIN_SEEDS} seeds" for row in wanted if (have := len(rows.get(row, {}))) < MIN_SEEDS]
+
+
+def _unfit(rows: Mapping[str, Mapping[int, Score]], admission: Mapping[str, Any], spread: Mapping[str, Any]) -> list[str]:
+    """Why world or preset carry no claim at all."""
     out = [] if admission["passed"] else ["the admission test is not passed"]
-    for name in ("plain", *PUBLISHED_GAIN_NDS):
-        for row in (name, f"{name}_twin") if name != "plain" else (name,):
-            if (have := len(rows.get(row, {}))) < MIN_SEEDS:
-                out.append(f"{row}: {have} of {MIN_SEEDS} seeds")
     if len(rows.get("plain", {})) >= MIN_SEEDS and not spread["fine_enough"]:
         out.append(f"the smallest detectable gain, by the plain student's spread, is above {MAX_DETECTABLE:g} NDS")
     return out
@@ -265,8 +267,9 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
         if facts["kind"] == "control" and facts["method"] in rows:
             paired.append(_paired(rows, facts["method"], name, "over control", teacher - base, drawn))
     known = [p for p in paired if p is not None]
-    main = {p["method"]: p["p"] for p in known if p["kind"] == "distillation" and p["method"] in PUBLISHED_GAIN_NDS}
-    adjusted = holm({k: math.nan if v is None else v for k, v in main.items()})
+    main = {p["method"]: p["p"] for p in known if p["kind"] == "distillation"}
+    found = {name: main.get(name) for name in PUBLISHED_GAIN_NDS}
+    adjusted = holm({k: math.nan if v is None else v for k, v in found.items()})
     for p in known:
         if p["kind"] == "distillation" and p["method"] in adjusted:
             p["p_holm"] = _number(adjusted[p["method"]])
@@ -279,7 +282,8 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
         "commands": json.loads((out / "commands.json").read_text()) if (out / "commands.json").is_file() else [],
         "admission": admission,
         "spread": spread,
-        "unfinished": _unfinished(rows, admission, spread),
+        "unfit": _unfit(rows, admission, spread),
+        "unfinished": _unfinished(rows),
         "rows": [
             {
                 "method": s["row"],

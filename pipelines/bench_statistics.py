@@ -100,11 +100,11 @@ def paired_t(a: Sequence[float], b: Sequence[float]) -> PairedResult:
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """Holm's adjusted p values; NaN stays NaN and does not count."""
+    """Holm's adjusted p values; NaN, a comparison that is still to be made, stays NaN and counts as one."""
     known = sorted((v, k) for k, v in p.items() if not math.isnan(v))
     out, running = dict.fromkeys(p, math.nan), 0.0
     for i, (value, name) in enumerate(known):
-        running = max(running, min(1.0, value * (len(known) - i)))
+        running = max(running, min(1.0, value * (len(p) - i)))
         out[name] = running
     return out
 

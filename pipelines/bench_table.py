@@ -33,7 +33,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         _where(report),
         "",
-        *([f"**Unfinished, no claim is made from it:** {'; '.join(report['unfinished'])}."] if report["unfinished"] else []),
+        *([f"**No claim is made from this table:** {'; '.join(report['unfit'])}.", ""] if report["unfit"] else []),
+        *([f"**Unfinished, no claim is made from them:** {'; '.join(report['unfinished'])}."] if report["unfinished"] else []),
         "",
         "```",
         *report["commands"],
@@ -61,8 +62,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         "plain student; *price* = a released defect against the corrected row; *over control* = the method against its "
         "control. Two 95 % intervals: paired t over seeds, and bootstrap over val scenes. *finds*: the smallest gain that a "
         "paired t finds (5 %, power 0.8) with the spread of these differences and as many seeds. *same weights*: both "
-        "trainings ended bit for bit alike, so the switch never acted with this preset. Holm corrects over the methods of the "
-        "main table.",
+        "trainings ended bit for bit alike, so the switch never acted with this preset. Holm corrects over the four "
+        "methods, also while some are still to be run.",
         "",
     ]
     out += [*_gains(report["paired"]), *_parts(report["paired"]), "## Scores", "", *_scores(report["rows"])]

@@ -224,7 +224,25 @@ def test_six_seeds_of_everything_finish_the_table(fake: dict[str, Any]) -> None:
     (fake["out"] / "robustness" / "robustness.md").write_text("| night | 12.5 |\n")
     assert _run(fake, seeds=tuple(range(6))) == report
     assert "## Robustness\n\n| night | 12.5 |" in (fake["out"] / "results.md").read_text()
-    assert report["unfinished"] == [] and "Unfinished" not in (fake["out"] / "results.md").read_text()
+    assert report["unfinished"] == report["unfit"] == []
+    text = (fake["out"] / "results.md").read_text()
+    assert "Unfinished" not in text and "No claim" not in text
+
+
+def test_a_finished_pair_stands_beside_unfinished_rows(fake: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is named as unfinished are the others; p counts the four methods that will be compared, not the one that was."""
+    report = _run(fake, seeds=tuple(range(6)), methods=("imkd",))
+    named = " ".join(report["unfinished"])
+    assert "imkd" not in named and "plain" not in named and "crkd: 0 of 6 seeds; crkd_twin" in "; ".join(report["unfinished"])
+    (gain,) = [p for p in report["paired"] if p["method"] == "imkd" and p["kind"] == "distillation"]
+    assert gain["p_holm"] == pytest.approx(min(1.0, 4 * gain["p"]), abs=1e-3)
+    assert "No claim" not in (fake["out"] / "results.md").read_text()
+    monkeypatch.setattr("pipelines.bench_report.MAX_DETECTABLE", 0.0)
+    report = _run(fake, seeds=tuple(range(6)), methods=("imkd",))
+    assert (
+        len(report["unfit"]) == 1
+        and "**No claim is made from this table:** the smallest" in (fake["out"] / "results.md").read_text()
+    )
 
 
 def test_a_benchmark_with_independent_materials_stands_beside(fake: dict[str, Any]) -> None:

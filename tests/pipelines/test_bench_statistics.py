@@ -77,9 +77,9 @@ def test_paired_t_equals_scipy_and_needs_two_pairs() -> None:
     assert paired_t([1.0, 1.0], [1.0, 1.0]).p == 1.0
 
 
-def test_holm_is_monotone_and_leaves_unknown_out() -> None:
+def test_holm_is_monotone_and_counts_what_is_still_to_come() -> None:
     out = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": math.nan})
-    assert out["a"] == pytest.approx(0.03) and out["c"] == pytest.approx(0.06) and out["b"] == pytest.approx(0.06)
+    assert out["a"] == pytest.approx(0.04) and out["c"] == pytest.approx(0.09) and out["b"] == pytest.approx(0.09)
     assert math.isnan(out["d"])
 
 
