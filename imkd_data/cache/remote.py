@@ -219,7 +219,7 @@ class RemoteCache(Cache):
                 return read(name, row)
             except CacheDamageError as error:
                 if error.rule != "data.missing":
-                    if renewed:  # the new copy too: damage of the source
+                    if renewed or error.rule == "remote.sha256":  # damage of the source, or on every way from it
                         raise
                     self._drop_damaged(key)
                 with self._lock:
