@@ -101,6 +101,7 @@ class Source:
         if isinstance(last, CacheDamageError):
             raise CacheDamageError(
                 f"{last.what}, {attempts} times",
+                rule=last.rule,
                 **{**last.details, "file": f"{self.shown}/{name}", "next": "imkd-data verify at the source"},
             ) from last
         raise StorageError(
