@@ -147,10 +147,10 @@ def save_checkpoint(
 
 
 def add_score(directory: Path | str, step: int, score: float, *, best: bool) -> None:
-    """Write ``metrics.score`` into the saved checkpoint of ``step``, and point ``best.ckpt`` at it if ``best``.
+    """Point ``best.ckpt`` at the saved checkpoint of ``step`` if ``best``, and write ``metrics.score`` into it.
 
-    Only the description changes, by rename: a crash at any point leaves the checkpoint whole, with or without its score.
-    Errors: DiskFullError, StorageError, and as ``load_checkpoint``.
+    Only the description changes, by rename: a crash at any point leaves the checkpoint whole. The score comes last, so a
+    checkpoint that has one needs nothing more. Errors: DiskFullError, StorageError, and as ``load_checkpoint``.
     """
     root = Path(directory)
     target = root / f"step-{step:08d}.ckpt"
@@ -158,14 +158,14 @@ def add_score(directory: Path | str, step: int, score: float, *, best: bool) -> 
     body["metrics"] = {**body.get("metrics", {}), "score": score}
     partial = target / f".{META}.partial"
     try:
+        if best:
+            _swap_link(root / "best.ckpt", target.name)
+            fault.point("checkpoint.best.ckpt")
         partial.unlink(missing_ok=True)
         _write(partial, _sealed(body))
         fault.point("checkpoint.score")
         os.replace(partial, target / META)
         _sync(target)
-        if best:
-            _swap_link(root / "best.ckpt", target.name)
-            fault.point("checkpoint.best.ckpt")
     except OSError as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, ImkdError):
