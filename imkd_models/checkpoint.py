@@ -153,7 +153,7 @@ def add_score(directory: Path | str, step: int, score: float, *, best: bool) -> 
     checkpoint that has one needs nothing more. Errors: DiskFullError, StorageError, and as ``load_checkpoint``.
     """
     root = Path(directory)
-    target = root / f"step-{step:08d}.ckpt"
+    target = resolve_checkpoint(root / f"step-{step:08d}.ckpt")
     body = _description(target)
     body["metrics"] = {**body.get("metrics", {}), "score": score}
     partial = target / f".{META}.partial"

@@ -56,7 +56,7 @@ def objects(text: str) -> list[dict]:
 
 
 def test_help_imports_nothing_heavy_and_has_examples() -> None:
-    """0.18 CPU s; what would make it slow is an import."""
+    """What would make it slow is an import."""
     code = f"{CODE.removesuffix('data()')}\ntry: data()\nexcept SystemExit: pass\n"
     code += "print([m for m in ('torch', 'numpy', 'pyarrow', 'numba', 'dask', 'zarr') if m in sys.modules])"
     alone = subprocess.run([sys.executable, "-c", code, "--help"], cwd=REPO, capture_output=True, text=True, timeout=120)

@@ -190,7 +190,9 @@ def test_a_damaged_checkpoint_gets_no_score(tmp_path: Path) -> None:
     (folder / "checkpoint.json").write_text(text.replace('"step":1', '"step":2'))
     with pytest.raises(CacheDamageError, match="was changed"):
         add_score(tmp_path, 1, 0.5, best=True)
-    assert not (tmp_path / "best.ckpt").exists()
+    with pytest.raises(SourceMissingError):
+        add_score(tmp_path, 7, 0.5, best=True)
+    assert not (tmp_path / "best.ckpt").is_symlink()
 
 
 @pytest.mark.parametrize("point", ["checkpoint.file.model", "checkpoint.written"])

@@ -102,6 +102,19 @@ def test_a_damaged_copy_of_a_shard_is_fetched_again(tmp_path: Path, field: str, 
     assert copy.read_bytes() == whole
 
 
+def test_two_threads_that_met_the_same_damage_drop_one_copy(tmp_path: Path) -> None:
+    """The second one to say so may come when the new copy is already here."""
+    far = open_remote(URL, store=tmp_path)
+    copy = far._path("boxes", 0)
+    far.read("boxes", 0)
+    far._drop_damaged(("boxes", 0))
+    assert not copy.exists()
+    far._files.clear()
+    far.read("boxes", 0)
+    far._drop_damaged(("boxes", 0))
+    assert copy.exists()
+
+
 def test_damage_that_every_copy_has_is_an_error_after_one_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The source itself is damaged inside a file whose receipt agrees."""
     far, fetched, real = open_remote(URL, store=tmp_path), [], RemoteCache._fetch
