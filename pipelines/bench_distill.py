@@ -333,7 +333,7 @@ def run_cell(bench: Bench, row: Row, seed: int, teachers: Mapping[str, Path]) ->
     from imkd_models.distill import make_method
 
     run = _run(bench, "student", seed=seed)
-    run = run.with_values(model={**run.model, **row.model})
+    run = run.with_values(model={**run.model, **row.model}, loader=replace(run.loader, **row.loader))
     given: dict[str, Path] = {}
     if row.method:
         method = make_method(row.method)

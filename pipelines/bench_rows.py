@@ -97,7 +97,7 @@ PRESETS: dict[str, Preset] = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One line of the table, run once a seed. twin: the row that its gain is measured against; system gains are always
-    against ``plain``. model: changes of the student's configuration. seeds: all, or the first only."""
+    against ``plain``. model, loader: changes of the student's and the loader's configuration. seeds: all, or the first only."""
 
     name: str
     block: str
@@ -105,6 +105,7 @@ class Row:
     method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
+    loader: Mapping[str, Any] = field(default_factory=dict)
     twin: str | None = None
     seeds: str = "all"
     frozen: bool = True
@@ -265,6 +266,7 @@ def _with_twins(rows: Sequence[Row]) -> list[Row]:
 
 def _defects() -> list[Row]:
     """Released behaviour, one switch at a time: the price is the row minus the corrected row."""
+    from imkd_data.loader.request import LOADER_PARITY
     from imkd_models.config import CRN_PARITY
     from imkd_models.distill.crkd import DEFECTS
 
@@ -294,6 +296,10 @@ def _defects() -> list[Row]:
     rows += [
         Row(name=f"plain+{p}", block="defects", kind="defect", model={"parity": [p]}, twin="plain", seeds="first")
         for p in sorted(CRN_PARITY)
+    ]
+    rows += [
+        Row(name=f"plain+{p}", block="defects", kind="defect", loader={"parity": (p,)}, twin="plain", seeds="first")
+        for p in LOADER_PARITY
     ]
     return rows
 

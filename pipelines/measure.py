@@ -66,6 +66,7 @@ def loader_values(run: Run, networks: Networks, cache: Cache | None = None) -> d
         "radar_sweeps": loader.radar_sweeps,
         "lidar_sweeps": loader.lidar_sweeps,
         "intensity_from": loader.intensity_from,
+        "parity": loader.parity,
         "on_bad_sample": loader.on_bad_sample,
         "drop_last": False,  # epochs end at whole optimiser steps, see Stream.forever
         **stream_values(networks),

@@ -68,6 +68,8 @@ def stream_options(model: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("radar_sweeps", "lidar_sweeps"):
         if key in loader or trained_sweeps(meta, key):
             options[key] = trained_sweeps(meta, key)
+    if loader.get("parity"):
+        options["parity"] = tuple(loader["parity"])
     if getattr(config, "radar_states", False):
         options["radar_features"] = STATE_FEATURES
     if "camera" in sensors:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from imkd_data.errors import RecipeError, UsageError
 from imkd_data.loader.augment import AugmentConfig
+from imkd_data.loader.request import LOADER_PARITY
 from imkd_data.recipe import canonical_json
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ class OptimConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderConfig:
     """What the stream delivers. split: rows to train on. radar_filter: none | devkit | crn. *_sweeps: newest scans used,
-    0 = all stored. intensity_from: source of a moved ``lidar_intensity``: planes | view. cached_teachers: read the maps
+    0 = all stored. intensity_from: source of a moved ``lidar_intensity``: planes | view. parity: released behaviour of CRN's
+    loader by name (docs/defects.md), in training, validation and prediction. cached_teachers: read the maps
     that `imkd cache-teacher` stored instead of running the LiDAR teachers (augmentation must be off). on_bad_sample: stop, or
     skip (the next sample of the order takes its place). sampling: uniform |
     cbgs (every class equally often; the list of rows is saved in the run). paste: objects from other rows for LiDAR
@@ -90,6 +92,7 @@ class LoaderConfig:
     radar_sweeps: int = 6
     lidar_sweeps: int = 0
     intensity_from: str = "planes"
+    parity: tuple[str, ...] = ()
     cached_teachers: bool = False
     on_bad_sample: str = "stop"
     sampling: str = "uniform"
@@ -155,6 +158,8 @@ class Run:
         ):
             if value not in allowed:
                 raise RecipeError(f"run setting {key}", expected=", ".join(allowed), found=str(value))
+        if unknown := sorted(set(self.loader.parity) - set(LOADER_PARITY)):
+            raise RecipeError("run setting loader.parity", expected=", ".join(LOADER_PARITY), found=", ".join(unknown))
         if self.loader.paste and self.model.get("kind", "lidar") != "lidar":
             raise RecipeError(
                 "objects are pasted for LiDAR networks only: a pasted object has no image and no radar return",

@@ -141,28 +141,34 @@ def options_in(text: str) -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("page", [*PAGES, *ALSO], ids=lambda p: p.stem)
 def test_options_that_a_page_names_exist(page: Path) -> None:
+    from imkd_data.loader.request import LOADER_PARITY
     from imkd_models.config import CRN_PARITY
 
     known = settings()
     for name, value in options_in(page.read_text()):
-        assert f"{name}:{value}" in CRN_PARITY or name.split(".")[-1] in known, f"{page.name}: {name}={value}"
+        assert f"{name}:{value}" in CRN_PARITY | {*LOADER_PARITY} or name.split(".")[-1] in known, (
+            f"{page.name}: {name}={value}"
+        )
 
 
 def test_the_guard_sees_an_option_that_is_gone() -> None:
-    text = 'Use `ego_frame: mean_camera`, `--set optim.no_such=1`, `frame="lidar"`.'
-    assert list(options_in(text)) == [("optim.no_such", "1"), ("ego_frame", "mean_camera")]
-    assert not {"ego_frame", "no_such"} & settings()
+    text = 'Use `ego_time: mean_camera`, `--set optim.no_such=1`, `frame="lidar"`.'
+    assert list(options_in(text)) == [("optim.no_such", "1"), ("ego_time", "mean_camera")]
+    assert not {"ego_time", "no_such"} & settings()
 
 
 def test_the_register_of_defects_is_the_code() -> None:
     """Every parity option stands in exactly one row of CRN's table, and every row's option exists."""
     from cli.data import group as data
+    from imkd_data.loader.request import LOADER_PARITY
     from imkd_models.config import CRN_PARITY
 
     table = (DOCS / "defects.md").read_text().split("## CRKD")[0]
     options = [row.rsplit("|", 2)[1] for row in table.splitlines() if re.match(r"\| \d+ \|", row)]
     named = re.findall(r"`([^`]+)`", " ".join(options))
-    assert sorted(n.replace(": ", ":") for n in named if n != "--as-released") == sorted(CRN_PARITY)
+    other = ("--as-released", "loader.parity")
+    assert sorted(n.replace(": ", ":") for n in named if n not in other) == sorted({*CRN_PARITY, *LOADER_PARITY})
+    assert named.count("loader.parity") == len(LOADER_PARITY)
     flags = {flag for option in data.commands["export"].params for flag in option.opts}
     assert named.count("--as-released") == 4 and "--as-released" in flags
 

@@ -151,12 +151,13 @@ class ImageDraw:
             return moved
         return replace(moved, image_from_camera=self.turn() @ moved.image_from_camera)
 
-    def matrix(self, full_hw_px: tuple[int, int]) -> F64:
-        """``augmented_from_full`` pixels (3, 3); the same product as ``camera`` applies."""
+    def matrix(self, full_hw_px: tuple[int, int], *, mirror_off: bool = False) -> F64:
+        """``augmented_from_full`` pixels (3, 3); the same product as ``camera`` applies. mirror_off: a flip moves places to
+        W - u, one pixel beside the image's content (CRN's released loader)."""
         sx, sy = self.resized_w_px / full_hw_px[1], self.resized_h_px / full_hw_px[0]
         m = np.array([[sx, 0, 0.5 * sx - 0.5 - self.left_px], [0, sy, 0.5 * sy - 0.5 - self.top_px], [0, 0, 1.0]])
         if self.flip:
-            m[0] = [-sx, 0, self.width_px - 1 - m[0, 2]]
+            m[0] = [-sx, 0, self.width_px - (0 if mirror_off else 1) - m[0, 2]]
         return self.turn() @ m if self.rotation_rad else m
 
 

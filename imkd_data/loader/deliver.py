@@ -48,10 +48,13 @@ def _normalised_here(images_BTVCHW: Tensor) -> Tensor:
     return torch.from_numpy(out).view(images_BTVCHW.shape)
 
 
-def depth_maps(uvd: Tensor, batch: Tensor, view: Tensor, *, shape_BVHW: tuple[int, int, int, int]) -> Tensor:
-    """Points (N, 3) u, v, depth -> (B, V, H, W) metres, 0 = none; the pixel whose centre is nearest, the nearest point wins."""
+def depth_maps(
+    uvd: Tensor, batch: Tensor, view: Tensor, *, shape_BVHW: tuple[int, int, int, int], last_wins: bool = False
+) -> Tensor:
+    """Points (N, 3) u, v, depth -> (B, V, H, W) metres, 0 = none; the pixel whose centre is nearest, the nearest point wins.
+    last_wins: the last point of a pixel instead (CRN's released loader)."""
     num_batch, num_views, height, width = shape_BVHW
-    if uvd.device.type == "cpu":
+    if uvd.device.type == "cpu" and not last_wins:
         from imkd_data.kernels.dense import nearest_depth
 
         host = np.zeros(shape_BVHW, dtype=np.float32)
@@ -60,8 +63,13 @@ def depth_maps(uvd: Tensor, batch: Tensor, view: Tensor, *, shape_BVHW: tuple[in
     column, row = (uvd[:, 0].double() + 0.5).floor().long(), (uvd[:, 1].double() + 0.5).floor().long()
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     flat = (((batch * num_views + view) * height + row) * width + column)[inside]
-    out = torch.full((num_batch * num_views * height * width,), torch.inf, device=uvd.device)
-    out.scatter_reduce_(0, flat, uvd[:, 2][inside].float(), "amin")
+    depth, pixels = uvd[:, 2][inside].float(), num_batch * num_views * height * width
+    if last_wins:
+        last = torch.full((pixels,), -1, device=uvd.device)
+        last.scatter_reduce_(0, flat, torch.arange(len(flat), device=uvd.device), "amax")
+        return torch.cat([depth, depth.new_zeros(1)])[last].view(shape_BVHW)
+    out = torch.full((pixels,), torch.inf, device=uvd.device)
+    out.scatter_reduce_(0, flat, depth, "amin")
     return out.nan_to_num_(posinf=0.0).view(shape_BVHW)
 
 
@@ -132,7 +140,8 @@ class Delivery:
         if "depth.uvd" in t:
             views = int(packed.tensors["depth_views"][0])
             shape = (size, views, *self.request.image_hw_px)
-            depth = depth_maps(t["depth.uvd"], t["depth.batch"], t["depth.view"], shape_BVHW=shape)
+            last_wins = "depth_collision:last" in self.request.parity
+            depth = depth_maps(t["depth.uvd"], t["depth.batch"], t["depth.view"], shape_BVHW=shape, last_wins=last_wins)
         return Batch(
             tokens=packed.tokens,
             timestamp_us_B=t["timestamp_us"],

@@ -198,6 +198,8 @@ class SampleReader:
         if images is None:
             images = torch.empty(self.image_shape or (), dtype=torch.uint8)
         intrinsic, pose = np.empty((slots, views, 3, 3)), np.empty((slots, views, 4, 4))
+        parity = self.request.parity
+        mirror_off = "flip:w_minus_u" in parity
         done: dict[int, int] = {}
         for t in reversed(range(slots)):  # oldest first, so that what is kept longest is what the next sample needs
             row = int(rows[t])
@@ -208,10 +210,12 @@ class SampleReader:
             self._decoded(row, draws, images[t])
             calibration = self.cache.read("camera_calibration", row)
             for v, ((_, place), draw) in enumerate(zip(self.cameras, draws, strict=True)):
-                intrinsic[t, v] = draw.matrix(full) @ calibration[place, :9].reshape(3, 3)
-                ego_from_camera = np.eye(4)
-                ego_from_camera[:3] = calibration[place, 9:21].reshape(3, 4)
-                pose[t, v] = moves[t] @ ego_from_camera
+                intrinsic[t, v] = draw.matrix(full, mirror_off=mirror_off) @ calibration[place, :9].reshape(3, 3)
+                pose[t, v] = moves[t] @ _rigid(calibration[place, 9:21])
+        if "ego_frame:mean_camera" in parity:
+            bev, places = moves[0], [place for _, place in self.cameras]
+            shift = released_frames(self.cache.read("camera_calibration", int(rows[0]))[places])
+            pose = bev @ shift @ np.linalg.inv(bev) @ pose
         out["images"], out["image_from_camera"], out["bev_from_camera"] = images, intrinsic, pose
 
     def _decoded(self, row: int, draws: Sequence[ImageDraw], out: Tensor) -> None:
@@ -232,7 +236,7 @@ class SampleReader:
         clouds, views = [], []
         stored = self.cache.decode("depth_points", row)
         for v, ((_, place), draw) in enumerate(zip(self.cameras, draws, strict=True)):
-            m = draw.matrix(self.cache.suite.image_hw_px)
+            m = draw.matrix(self.cache.suite.image_hw_px, mirror_off="flip:w_minus_u" in self.request.parity)
             uvd = np.asarray(stored[place], dtype=np.float64)
             moved = np.concatenate([uvd[:, :2] @ m[:2, :2].T + m[:2, 2], uvd[:, 2:]], axis=1)
             clouds.append(moved)
@@ -312,6 +316,24 @@ class SampleReader:
             "label": np.maximum(boxes.label, 0),
             "valid": (boxes.label >= 0) & boxes.has_point,
         }
+
+
+def _rigid(matrix34: NDArray[Any]) -> F64:
+    """(..., 12) row major -> (..., 4, 4)."""
+    out = np.zeros((*matrix34.shape[:-1], 4, 4))
+    out[..., :3, :], out[..., 3, 3] = matrix34.reshape(*matrix34.shape[:-1], 3, 4), 1.0
+    return out
+
+
+def released_frames(calibration_V34: NDArray[Any]) -> F64:
+    """(V, 4, 4): what CRN's released frames do to places in ego. A place that a camera saw is left in the ego frame of that
+    camera's own time, and the truth is moved to the mean of these frames; here the truth stays and the places move."""
+    own = _rigid(calibration_V34[:, 9:21]) @ np.linalg.inv(_rigid(calibration_V34[:, 21:33]))  # ego from ego at its own time
+    mean: F64 = own.mean(0)
+    u, _, vt = np.linalg.svd(mean[:3, :3])
+    mean[:3, :3] = u @ vt  # the nearest rotation
+    shift: F64 = mean @ np.linalg.inv(own)
+    return shift
 
 
 def _near_m(points: Arrays) -> NDArray[np.float32]:

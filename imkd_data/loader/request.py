@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LIDAR_FEATURES",
+    "LOADER_PARITY",
     "PARTS",
     "PLANES",
     "RADAR_FILTERS",
@@ -42,6 +43,12 @@ _ALWAYS = ("camera_calibration",)
 LIDAR_FEATURES: tuple[str, ...] = ("intensity", "ring")  # columns of every LiDAR batch that asks for no others
 _LIDAR_COLUMNS = (*LIDAR_FEATURES, "near_m")
 
+# Named departures of the public CRN code that live in what a batch holds (those of the network: ``CRN_PARITY``).
+# ego_frame: each camera lifts into the ego frame of its own time, the truth stands in the mean of these frames.
+# flip: a mirrored image's geometry follows u -> W - u, its pixels W - 1 - u. depth_collision: of the points in one pixel the
+# last one stored counts, not the nearest.
+LOADER_PARITY: tuple[str, ...] = ("depth_collision:last", "ego_frame:mean_camera", "flip:w_minus_u")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamRequest:
@@ -50,7 +57,7 @@ class StreamRequest:
     parts: names from PARTS, or BEV fields of the cache. history: keyframe offsets, newest first. image_hw_px: size of
     delivered images. grid: grid of ``lidar_intensity``. radar_features: columns of the radar batch (``rcs_dbsm`` = the
     raw ``rcs``). lidar_features: columns of the LiDAR batch, see ``PointBatch``. lidar_sweeps, radar_sweeps: newest scans
-    used, 0 = all stored. intensity_from: planes | view.
+    used, 0 = all stored. intensity_from: planes | view. parity: names from LOADER_PARITY.
     """
 
     parts: tuple[str, ...]
@@ -64,6 +71,7 @@ class StreamRequest:
     lidar_features: tuple[str, ...] = LIDAR_FEATURES
     lidar_sweeps: int = 0
     intensity_from: str = "planes"
+    parity: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.history or self.history[0] != 0 or any(o > 0 for o in self.history):
@@ -74,6 +82,8 @@ class StreamRequest:
             raise UsageError("unknown LiDAR column", expected=", ".join(_LIDAR_COLUMNS), found=", ".join(unknown))
         if self.intensity_from not in ("planes", "view"):
             raise UsageError("intensity_from", expected="planes or view", found=self.intensity_from)
+        if unknown := [n for n in self.parity if n not in LOADER_PARITY]:
+            raise UsageError("unknown loader.parity", expected=", ".join(LOADER_PARITY), found=", ".join(unknown))
 
     @property
     def needs_planes(self) -> bool:

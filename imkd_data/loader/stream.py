@@ -274,6 +274,7 @@ def stream(
     lidar_features: Sequence[str] = LIDAR_FEATURES,
     lidar_sweeps: int = 0,
     intensity_from: str = "planes",
+    parity: Sequence[str] = (),
     device: torch.device | str = "cpu",
     timeout_s: float = 120.0,
     on_bad_sample: OnBadSample = "stop",
@@ -292,6 +293,7 @@ def stream(
         grid: grid of the intensity map, default the cache's view grid.
         drop_last: drop the last incomplete global batch; False pads it with rows marked in ``padding_B``.
         lidar_features: columns of the LiDAR batch; ``near_m`` besides for networks that leave close points of sweeps out.
+        parity: released behaviour of CRN's loader by name (``LOADER_PARITY``), to measure what it costs.
         rows: an explicit selection (global row numbers, repetition allowed) instead of a split.
         on_bad_sample: ``stop`` raises the error of a damaged sample; ``skip`` puts the next position's sample in its place
             and remembers the token in ``Stream.skipped``.
@@ -318,6 +320,7 @@ def stream(
         lidar_features=tuple(lidar_features),
         lidar_sweeps=lidar_sweeps,
         intensity_from=intensity_from,
+        parity=tuple(parity),
     )
     check_request(cache, request)
     shards = np.array([table.shard[table.at(int(r))] for r in chosen]) if shuffle == "block" else None

@@ -106,7 +106,7 @@ def test_no_run_is_made_twice_under_two_names() -> None:
         seen: dict[str, str] = {}
         for row in all_rows(preset):
             options = METHODS[row.method].make_options(row.options) if row.method else None
-            what = repr((row.method, options, row.model))
+            what = repr((row.method, options, row.model, row.loader))
             assert what not in seen, f"{row.name} is {seen.get(what)}"
             seen[what] = row.name
 
