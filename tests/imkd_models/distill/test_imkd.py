@@ -284,3 +284,6 @@ def test_contradictory_options_are_refused() -> None:
     with pytest.raises(RecipeError, match="stage3"):
         METHODS["imkd"].make_options({"stage3": False})
     assert METHODS["imkd"].changes(METHODS["imkd"].make_options({"stage3": False, "stage3_supervision": False})) == {}
+    for control in ("permuted", "other_sample", "occupancy"):
+        with pytest.raises(RecipeError, match="no intensity map"):
+            METHODS["imkd"].make_options({"intensity_control": control, "intensity_source": "none"})
