@@ -109,7 +109,9 @@ class StudentConfig(ModelConfig):
     mix (one convolution) | concat (the trunk reads all keyframes). fuser none: the only branch's map as it is.
     source_hw_px: size of the data set's images. radar_encoder points: CRKD's point network on BEV cells. trunk: resnet (CRN) |
     bevfusion (three strided stages and a two-level neck). convention: bev | bevfusion, see convention.py; mount_m: where its
-    LiDAR sits in ego.
+    LiDAR sits in ego. For fuser heterogeneous: sim_drop is the share of samples whose added evidence is zeroed in training,
+    sim_gate_bias the start of the gate's bias (-2: about 0.12 open), sim_added what is added to the camera map: gated (the
+    simulated map times the gate) | attended (deformable cross-attention with fuser_heads and fuser_points; it has no gate).
     """
 
     kind: ClassVar[str] = "student"
@@ -166,6 +168,8 @@ class StudentConfig(ModelConfig):
     sim_branch: bool = False
     sim_attention: str = "deformable"
     sim_drop: float = 0.0
+    sim_gate_bias: float = -2.0
+    sim_added: str = "gated"
     # trunk and head
     trunk: str = "resnet"
     trunk_base: int = 160
@@ -214,6 +218,7 @@ class StudentConfig(ModelConfig):
             "calibration_init": ("kaiming", "residual"),
             "camera_gate": ("radar", "camera"),
             "sim_attention": ("deformable", "conv"),
+            "sim_added": ("gated", "attended"),
             "image_neck": ("stages", "topdown"),
             "depth_net": ("plain", "camera_aware", "linear", "lidar_points"),
             "view": ("collapsed", "frustum"),

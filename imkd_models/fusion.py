@@ -70,15 +70,15 @@ class GatedFuser(nn.Module):
 
 
 class FusionAttention(nn.Module):
-    """CRN's cross-attention: queries sample both modalities at offset + reference; weights jointly over both; no output
-    projection."""
+    """CRN's cross-attention: queries sample all maps (CRN: both modalities) at offset + reference; weights jointly over the
+    maps; no output projection."""
 
-    def __init__(self, value_channels: tuple[int, int], channels: int, heads: int, points: int, dropout: float) -> None:
+    def __init__(self, value_channels: tuple[int, ...], channels: int, heads: int, points: int, dropout: float) -> None:
         super().__init__()
-        self.heads, self.points = heads, points
+        self.heads, self.levels, self.points = heads, len(value_channels), points
         self.values = nn.ModuleList(nn.Linear(c, channels) for c in value_channels)
-        self.offsets = nn.Linear(channels, heads * 2 * points * 2)
-        self.weights = nn.Linear(channels, heads * 2 * points)
+        self.offsets = nn.Linear(channels, heads * self.levels * points * 2)
+        self.weights = nn.Linear(channels, heads * self.levels * points)
         for value in self.values:
             nn.init.xavier_uniform_(value.weight)
             nn.init.zeros_(value.bias)
@@ -86,12 +86,12 @@ class FusionAttention(nn.Module):
             nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.weights.bias)
         with torch.no_grad():
-            self.offsets.bias.copy_(direction_bias(heads, 2, points))
+            self.offsets.bias.copy_(direction_bias(heads, self.levels, points))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, query_BQC: Tensor, maps: tuple[Tensor, Tensor], gains: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, query_BQC: Tensor, maps: tuple[Tensor, ...], gains: tuple[Tensor, ...] | None) -> Tensor:
         batch, queries, _ = query_BQC.shape
-        shape = (batch, queries, self.heads, 2, self.points)
+        shape = (batch, queries, self.heads, self.levels, self.points)
         weights = self.weights(query_BQC).view(batch, queries, self.heads, -1).softmax(-1).view(shape)
         ny, nx = maps[0].shape[-2:]
         reference = cell_reference(ny, nx, query_BQC.device)[None, :, None, None, None]
@@ -190,26 +190,36 @@ def _intensity_head(channels: int) -> nn.Sequential:
 
 
 class HeterogeneousFuser(nn.Module):
-    """Adaptive-Smooth's module: the camera map is the identity path; simulated evidence is only added through a gate.
+    """Adaptive-Smooth's module: the camera map is the identity path, other evidence is only added to it.
 
-    sim_drop: share of samples whose added evidence is zeroed in training.
+    The evidence is the simulated map times a gate, or what deformable cross-attention with the camera map as query reads
+    from the simulated map. Settings: ``sim_*`` of StudentConfig.
     """
 
-    def __init__(self, camera_channels: int, sim_channels: int, channels: int, sim_drop: float = 0.0) -> None:
+    def __init__(self, config: StudentConfig) -> None:
         super().__init__()
-        self.camera = conv_norm_relu(camera_channels, channels)
-        self.sim = conv_norm_relu(sim_channels, channels)
-        self.gate = nn.Conv2d(3 * channels, channels, 3, padding=1)
-        nn.init.constant_(self.gate.bias, -2.0)
+        channels = config.fused_channels
+        self.camera = conv_norm_relu(config.camera_channels, channels)
+        self.sim = conv_norm_relu(config.camera_channels, channels)
+        self.attended = config.sim_added == "attended"
+        if self.attended:
+            self.attention = FusionAttention((channels,), channels, config.fuser_heads, config.fuser_points, 0.0)
+        else:
+            self.gate = nn.Conv2d(3 * channels, channels, 3, padding=1)
+            nn.init.constant_(self.gate.bias, config.sim_gate_bias)
         self.add = nn.Conv2d(channels, channels, 1, bias=False)
         with torch.no_grad():
             self.add.weight.mul_(0.1)
         self.norm = nn.BatchNorm2d(channels)
-        self.sim_drop = sim_drop
+        self.sim_drop = config.sim_drop
 
     def forward(self, maps: Maps) -> dict[str, Tensor]:
         c, p = self.camera(maps["bev_camera"]), self.sim(maps["bev_sim"])
-        added = torch.sigmoid(self.gate(torch.cat([c, p, (c - p).abs()], dim=1))) * p
+        if self.attended:
+            query = c.flatten(2).transpose(1, 2)
+            added = self.attention(query, (p,), None).transpose(1, 2).reshape(c.shape)
+        else:
+            added = torch.sigmoid(self.gate(torch.cat([c, p, (c - p).abs()], dim=1))) * p
         if self.training and self.sim_drop:
             kept = torch.rand(len(added), 1, 1, 1, device=added.device) >= self.sim_drop
             added = added * kept
@@ -248,7 +258,7 @@ def build_fuser(config: StudentConfig) -> nn.Module:
     camera, radar, out = config.camera_channels, config.radar_channels, config.fused_channels
     names = ("bev_camera", "bev_radar")
     if config.fuser == "heterogeneous":
-        return HeterogeneousFuser(camera, camera, out, config.sim_drop)
+        return HeterogeneousFuser(config)
     if config.sim_branch:  # plain rivals of the heterogeneous fuser read the simulated map, which holds the radar
         names, radar = ("bev_camera", "bev_sim"), camera
     elif not config.radar:
