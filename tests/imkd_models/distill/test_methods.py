@@ -67,15 +67,14 @@ def test_teachers_are_bit_identical_after_ten_steps_and_get_no_gradient(name: st
     copy.load_state_dict(step.state_dict())
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_term_falls_on_two_samples_without_nan(name: str) -> None:
+def _every_term_falls(name: str, steps: int) -> None:
     # Teachers are untrained here: take their answers where they are, however unsure.
     values = {"adaptive_smooth": {"quality": "conf"}, "dual_distill": {"tau": 1.0, "nms": "circle"}}.get(name, {})
     step, batch = _fake_step(name, **values).train(), fake_batch()
     groups = [{"params": step.student.parameters()}, *step.distiller.parameter_groups(0.0)]
     optimiser = torch.optim.AdamW(groups, lr=4e-3, weight_decay=0.0)
     history = []
-    for _ in range(60):
+    for _ in range(steps):
         _, terms = step(batch)
         assert all(torch.isfinite(v) for v in terms.values())
         history.append({k: float(v.detach()) for k, v in terms.items()})
@@ -87,6 +86,17 @@ def test_every_term_falls_on_two_samples_without_nan(name: str) -> None:
         start = sum(h[term] for h in history[:3]) / 3
         end = sum(h[term] for h in history[-3:]) / 3
         assert end < start, (term, start, end)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_term_falls_on_two_samples_without_nan(name: str) -> None:
+    _every_term_falls(name, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_term_falls_over_200_steps(name: str) -> None:
+    _every_term_falls(name, 200)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -199,11 +209,12 @@ def _touched(module: nn.Module) -> bool:
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_run_on_the_projects_networks(name: str) -> None:
     step = _real_step(name).train()
+    before = {n: t.fingerprint() for n, t in step.teachers.items()}
     outputs, terms = step(_real_batch())
     loss = sum(step.student.loss(outputs, _real_batch()).values()) + sum(terms.values())
     loss.backward()
     assert torch.isfinite(loss) and all(torch.isfinite(v) for v in terms.values())
-    assert all(t.fingerprint() == FrozenTeacher(t.network).fingerprint() for t in step.teachers.values())
+    assert {n: t.fingerprint() for n, t in step.teachers.items()} == before
     assert _touched(step.student.radar) and _touched(step.student.camera.image)
     assert all(p.grad is not None for p in step.distiller.parameters())
 

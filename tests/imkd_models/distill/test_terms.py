@@ -133,6 +133,20 @@ def test_growth_is_monotone_and_within_limits() -> None:
         last = now
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_growth_is_monotone_in_length_and_in_width(side: int) -> None:
+    """At 25 m a quarter of the side, within [0.5, 4] m; the other side grows as before."""
+    last = 0.0
+    for value in (0.3, 1.0, 1.99, 2.0, 2.01, 6.0, 15.9, 16.0, 16.1, 40.0):
+        size = [3.0, 3.0]
+        size[side] = value
+        box = one_box(25.0, 0, *size, 0.0)
+        grown = (terms.grown_sizes(box, torch.eye(4)[None])[0, 0] - torch.tensor(size)).tolist()
+        assert grown[side] == pytest.approx(min(max(value / 4, 0.5), 4.0), abs=1e-5) and grown[side] > last - 1e-5
+        assert grown[1 - side] == pytest.approx(0.75, abs=1e-6)
+        last = grown[side]
+
+
 def test_growth_follows_the_body_and_not_the_grid() -> None:
     for yaw in ANGLES:
         along = (3 * math.cos(yaw), 3 * math.sin(yaw))
