@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["ABLATIONS"]
+__all__ = ["ABLATIONS", "STUDENT_ABLATIONS"]
 
 # Name -> options, by method: the papers' ablation tables and our own. A row that changes the network is compared with the
 # undistilled twin of that network (``bench_rows.undistilled``). What is not here
@@ -54,6 +54,8 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "02_mse": {"preset": "simdistill_like"},
         "03_l2c_only": {"lambda_m2m": 0.0, "lambda_srd": 0.0},
         "04_asd_both": {"lambda_srd": 0.0},
+        "02_mse_conv_fuser": {"preset": "simdistill_like", "fuser": "concat"},
+        "03_l2c_only_conv_fuser": {"lambda_m2m": 0.0, "lambda_srd": 0.0, "fuser": "concat"},
         "05_conv_fuser": {"lambda_srd": 0.0, "fuser": "concat"},
         "07_smooth_l1": {"pixel_loss": "smooth_l1"},
         "07_eta_0": {"eta": 0.0},
@@ -69,6 +71,8 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "09_q_min_0": {"q_min": 0.0},
         "09_q_min_0.3": {"q_min": 0.3},
         "09_fp_tail": {"fp_tail": 0.1},
+        "10_conv": {"fuser": "concat"},
+        "10_two_gates": {"fuser": "gated"},
     },
     "dual_distill": {
         "02_mfd": {"lambda_crd": 0.0},
@@ -85,4 +89,20 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "07_no_attention": {"attention": False},
         "07_no_spatial": {"weight_sp": 0.0},
     },
+}
+
+# The same on a changed student: name -> (changes of its configuration, options). Twins get the same student.
+_CAMERA = {"radar": False}
+STUDENT_ABLATIONS: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
+    "adaptive_smooth": {
+        "10_no_bias": ({"sim_gate_bias": 0.0}, {}),
+        "10_attended": ({"sim_added": "attended"}, {}),
+        "10_sim_drop": ({"sim_drop": 0.1}, {}),
+        "camera_02_mse_conv_fuser": (_CAMERA, {"preset": "simdistill_like", "fuser": "concat"}),
+        "camera_03_l2c_only_conv_fuser": (_CAMERA, {"lambda_m2m": 0.0, "lambda_srd": 0.0, "fuser": "concat"}),
+        "camera_05_conv_fuser": (_CAMERA, {"lambda_srd": 0.0, "fuser": "concat"}),
+        "camera_05_asd_both": (_CAMERA, {"lambda_srd": 0.0}),
+        "camera_06_full": (_CAMERA, {}),
+    },
+    "dual_distill": {"camera_02_mfd": (_CAMERA, {"lambda_crd": 0.0}), "camera_03_full": (_CAMERA, {})},
 }

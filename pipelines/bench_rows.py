@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from imkd_data.errors import UsageError
-from pipelines.bench_ablations import ABLATIONS
+from pipelines.bench_ablations import ABLATIONS, STUDENT_ABLATIONS
 
 __all__ = ["BLOCKS", "PRESETS", "PUBLISHED_GAIN_NDS", "Preset", "Row", "all_rows", "rows_of", "with_tries"]
 
@@ -223,21 +223,20 @@ def _controls() -> list[Row]:
 
 def _ablations() -> list[Row]:
     """One seed each; the first of every method stands in the main table, and so does the method with its own weights."""
-    return [
-        *(
-            Row(
-                name=f"{method}/default_weights",
-                block="main",
-                kind="ablation",
-                method=method,
-                twin=f"{method}_twin",
-                seeds="first",
-                frozen=False,
-                note="weights of the paper, or ours where it is silent",
-            )
-            for method in ABLATIONS
+    weights = [
+        Row(
+            name=f"{method}/default_weights",
+            block="main",
+            kind="ablation",
+            method=method,
+            twin=f"{method}_twin",
+            seeds="first",
+            frozen=False,
+            note="weights of the paper, or ours where it is silent",
         )
-    ] + [
+        for method in ABLATIONS
+    ]
+    switches = [
         Row(
             name=f"{method}/{name}",
             block="main" if name == next(iter(rows)) else "ablations",
@@ -249,6 +248,20 @@ def _ablations() -> list[Row]:
         for method, rows in ABLATIONS.items()
         for name, options in rows.items()
     ]
+    students = [
+        Row(
+            name=f"{method}/{name}",
+            block="ablations",
+            kind="ablation",
+            method=method,
+            options=options,
+            model=model,
+            seeds="first",
+        )
+        for method, rows in STUDENT_ABLATIONS.items()
+        for name, (model, options) in rows.items()
+    ]
+    return [*weights, *switches, *students]
 
 
 def _with_twins(rows: Sequence[Row]) -> list[Row]:
@@ -256,12 +269,21 @@ def _with_twins(rows: Sequence[Row]) -> list[Row]:
     out: dict[str, Row] = {}
     for row in rows:
         if row.kind == "ablation" and row.method is not None and row.twin is None:
-            twin = undistilled(row.method, row.options, row.block)
+            twin = _on_student(undistilled(row.method, row.options, row.block), row)
             if twin.seeds == "first":
                 out.setdefault(twin.name, twin)
             row = replace(row, twin=twin.name)
         out[row.name] = row
     return list(out.values())
+
+
+def _on_student(twin: Row, row: Row) -> Row:
+    """The twin on the row's own student, under a name that says so."""
+    if not row.model:
+        return twin
+    student = ",".join(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in row.model.items())
+    name = f"{twin.name}{',' if ':' in twin.name else ':'}{student}"
+    return replace(twin, name=name, block=row.block, kind="twin", model=row.model, seeds="first")
 
 
 def _defects() -> list[Row]:
@@ -341,7 +363,7 @@ def all_rows(preset: str = "tiny") -> list[Row]:
     unmoved = PRESETS[preset].settings.get("loader.augment.enabled") == "false"  # then view and planes hold the same
 
     def repeats(row: Row) -> bool:
-        if row.method is None or row.kind != "ablation":
+        if row.method is None or row.kind != "ablation" or row.model:
             return False
         view = unmoved and row.options.get("intensity_from") == "view"
         return view or METHODS[row.method].make_options(row.options) == own[row.method]
@@ -352,11 +374,11 @@ def all_rows(preset: str = "tiny") -> list[Row]:
 def rows_of(
     blocks: tuple[str, ...], methods: tuple[str, ...] = (), names: tuple[str, ...] = (), preset: str = "tiny"
 ) -> list[Row]:
-    """Rows of the named blocks; ``methods`` keeps only these methods' rows (and the baselines), ``names`` only these rows and
-    the twins they are compared with; ``preset`` decides the weights.
+    """Rows of the named blocks; ``methods`` keeps only these methods' rows (and the baselines), ``names`` only these rows, of
+    whatever block, and the twins they are compared with; ``preset`` decides the weights.
 
     Raises:
-        UsageError: an unknown block, method or row.
+        UsageError: an unknown block, method or row, or a row of a method that is not among ``methods``.
     """
     rows = all_rows(preset)
     for what, given, known in (
@@ -368,6 +390,14 @@ def rows_of(
             raise UsageError(f"no {what} {', '.join(unknown)}", expected=", ".join(known))
     if names:
         by_name = {r.name: r for r in rows}
+        others = [n for n in names if methods and by_name[n].method not in (None, *methods)]
+        if others:
+            raise UsageError(
+                f"rows {', '.join(others)} are of no method in --methods",
+                expected=", ".join(methods),
+                found=", ".join(dict.fromkeys(str(by_name[n].method) for n in others)),
+                next="leave --methods out: rows say their method themselves",
+            )
         wanted = dict.fromkeys(names)
         for name in names:
             twin = by_name[name].twin

@@ -95,6 +95,8 @@ def test_a_twin_has_the_network_of_its_row() -> None:
             assert rows[row.twin].kind in ("twin", "baseline")
     assert rows["imkd/05_stage1_reflectance"].twin == "plain" and rows["imkd/03_stage3_supervised"].twin == "imkd_twin"
     assert rows["crkd/B1_resp"].twin == rows["crkd/C4_no_calibration"].twin == "crkd_twin:calibration=false"
+    assert rows["adaptive_smooth/camera_05_conv_fuser"].twin == "adaptive_smooth_twin:fuser=concat,radar=false"
+    assert rows["adaptive_smooth/10_attended"].twin == "adaptive_smooth_twin:sim_added=attended"
     assert {k: v for k, v in rows["crkd_twin:calibration=false"].options.items() if v} == {}
     assert rows["adaptive_smooth/05_conv_fuser"].twin == "adaptive_smooth_twin:fuser=concat"
     tried = with_tries([], ("crkd:calibration=false,lambda_csrd=1", "imkd:stage3=false,stage3_supervision=false"))
