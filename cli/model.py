@@ -102,7 +102,20 @@ def resolve_run(
     run = run.with_settings(parse_settings(settings))
     if max_steps is not None:
         run = run.with_max_steps(max_steps)
-    return run if global_batch is None else run.with_values(global_batch=global_batch)
+    if global_batch is not None:
+        run = run.with_values(global_batch=global_batch)
+    _check_options(run)
+    return run
+
+
+def _check_options(run: Any) -> None:
+    """Errors: RecipeError for method options that cannot be meant, before anything is opened or trained."""
+    for one in run.stages or (run,):
+        if one.method is not None:
+            from imkd_models.distill import make_method
+
+            method = make_method(one.method)
+            method.changes(method.make_options(one.options))  # of joined methods: each part reads its own
 
 
 def _check_shape(value: Any, what: str = "a run") -> None:
@@ -112,6 +125,8 @@ def _check_shape(value: Any, what: str = "a run") -> None:
     for name in ("optim", "loader", "model", "options"):
         if not isinstance(value.get(name, {}), dict):
             raise ValueError(f"{name} of {what} is not a JSON object")
+    if value.get("options") and value.get("method") is None:
+        raise ValueError(f"{what} has options and no method")
     if not isinstance(value.get("stages", []), list):
         raise ValueError(f"stages of {what} is not a list")
     for number, stage in enumerate(value.get("stages", []), 1):

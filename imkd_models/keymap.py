@@ -53,6 +53,18 @@ def _filled(template: str, found: re.Match[str]) -> str:
     return found.expand(re.sub(r"\+\\(\d)", plus_one, text))
 
 
+def _seen(file: Path, error: Exception) -> str:
+    """What is in the way. torch's own words advise to execute what is in the file, so they are not passed on."""
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    if named := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"GLOBAL {named[1]}, which is no tensor"
+    if isinstance(error, RuntimeError) and "zip archive" in str(error):
+        return str(error).partition(". ")[0]
+    with file.open("rb") as opened:
+        return f"a file of {file.stat().st_size:,} bytes that begins with {opened.read(16)!r}"
+
+
 def read_public(file: Path) -> dict[str, Tensor]:
     """The state dict in a public file, read without executing anything in it."""
     try:
@@ -63,7 +75,7 @@ def read_public(file: Path) -> dict[str, Tensor]:
         raise InputDataError(
             "the file cannot be read as plain weights",
             file=str(file),
-            found=str(error).splitlines()[0],
+            found=_seen(file, error),
             next="keep only its state_dict: torch.save({'state_dict': ...}) in the environment that wrote it",
         ) from error
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None

@@ -27,6 +27,10 @@ class Machine:
     accelerator: str = "auto"
     memory_limit: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.memory_limit is not None:
+            bytes_from_text(self.memory_limit)  # where there is no GPU nothing else reads it
+
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 

@@ -11,13 +11,13 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from imkd_data.errors import RecipeError, UsageError
 from imkd_data.loader.augment import AugmentConfig
 from imkd_data.loader.request import LOADER_PARITY
 from imkd_data.recipe import canonical_json
+from pipelines.run_values import check_numbers, fitting, model_value, typed
 
 if TYPE_CHECKING:
     from imkd_models.distill.base import Method
@@ -28,26 +28,6 @@ SCHEDULES = ("constant", "step", "cosine", "one_cycle")
 SAMPLINGS = ("uniform", "cbgs")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 TEACHER_PRECISIONS = ("32-true", "run")
-# Whole numbers and the least that each can mean.
-LEAST = {
-    "batch_size": 1,
-    "keep": 1,
-    "log_every": 1,
-    "epochs": 0,
-    "max_steps": 0,
-    "global_batch": 0,
-    "checkpoint_every": 0,
-    "validate_every": 0,
-    "optim.warmup_steps": 0,
-    "loader.workers": 0,
-    "loader.leave_out": 0,
-    "loader.radar_sweeps": 0,
-    "loader.lidar_sweeps": 0,
-    "loader.paste_min_points": 0,
-    "loader.paste_per_class": 0,
-    "loader.paste_off_epochs": 0,
-    "loader.augment.radar_sweeps_kept": 0,
-}
 COUNTED = ("parameters", "modules", "macs", "sample_bytes")  # `imkd runs show` adds them; reading a configuration ignores them
 
 
@@ -158,7 +138,7 @@ class Run:
         ):
             if value not in allowed:
                 raise RecipeError(f"run setting {key}", expected=", ".join(allowed), found=str(value))
-        if unknown := sorted(set(self.loader.parity) - set(LOADER_PARITY)):
+        if unknown := [str(name) for name in self.loader.parity if name not in LOADER_PARITY]:
             raise RecipeError("run setting loader.parity", expected=", ".join(LOADER_PARITY), found=", ".join(unknown))
         if self.loader.paste and self.model.get("kind", "lidar") != "lidar":
             raise RecipeError(
@@ -166,10 +146,7 @@ class Run:
                 found=f"{self.name}, a {self.model.get('kind')} network",
                 next="--set loader.paste=off",
             )
-        for key, least in LEAST.items():
-            number = attrgetter(key)(self)
-            if not isinstance(number, int) or number < least:
-                raise RecipeError(f"run setting {key}", expected=f"a whole number, at least {least}", found=repr(number))
+        check_numbers(self)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form; ``from_dict`` reads it back."""
@@ -185,6 +162,12 @@ class Run:
         """From the JSON form. Errors: RecipeError naming unknown, missing or mistyped keys."""
         values = {k: v for k, v in value.items() if k not in COUNTED}
         _known(cls, values, "run")
+        example = cls(name="").as_dict()
+        for key, found in values.items():
+            if key != "method":
+                fitting(key, found, example[key])
+            elif isinstance(found, bool | int | float | list | tuple | Mapping):
+                raise RecipeError("setting method", expected="a name, or null", found=repr(found))
         if "optim" in values:
             values["optim"] = _section(OptimConfig, values["optim"], "optim")
         if "loader" in values:
@@ -192,7 +175,7 @@ class Run:
             if "augment" in loader:
                 loader["augment"] = AugmentConfig.from_dict(loader["augment"])
             values["loader"] = _section(LoaderConfig, loader, "loader")
-        values["stages"] = tuple(cls.from_dict(s) for s in values.get("stages", ()))
+        values["stages"] = tuple(cls.from_dict(fitting("stages", s, {})) for s in values.get("stages", ()))
         try:
             return cls(**values)
         except TypeError as error:
@@ -266,41 +249,7 @@ def _known(cls: type[Any], values: Mapping[str, Any], what: str) -> None:
 def _section(cls: type[Any], value: Mapping[str, Any], what: str) -> Any:
     _known(cls, value, what)
     defaults = cls()
-    return cls(**{k: _typed(f"{what}.{k}", v, getattr(defaults, k)) for k, v in value.items()})
-
-
-_SWITCH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
-
-
-def _typed(key: str, value: Any, example: Any) -> Any:
-    """The value in the type of ``example``; strings from the command line are read as JSON."""
-    if isinstance(example, bool) and isinstance(value, str) and value.lower() in _SWITCH:
-        return _SWITCH[value.lower()]
-    if isinstance(value, str) and not isinstance(example, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            value = [json.loads(v) for v in value.split(",")] if _all_numbers(value.split(",")) else value
-    fits = {
-        bool: lambda v: isinstance(v, bool),
-        int: lambda v: isinstance(v, int) and not isinstance(v, bool),
-        float: lambda v: False,
-        str: lambda v: isinstance(v, str),
-        tuple: lambda v: isinstance(v, list | tuple),
-        list: lambda v: isinstance(v, list | tuple),
-    }.get(type(example))
-    if isinstance(example, float) and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if fits is not None and not fits(value):
-        raise RecipeError(f"setting {key}", expected=f"{type(example).__name__} like {example!r}", found=repr(value))
-    return tuple(value) if isinstance(example, tuple) else value
-
-
-def _all_numbers(parts: Iterable[str]) -> bool:
-    try:
-        return all(isinstance(json.loads(p), int | float) for p in parts)
-    except ValueError:
-        return False
+    return cls(**{k: typed(f"{what}.{k}", v, getattr(defaults, k)) for k, v in value.items()})
 
 
 def _method_options(run: Run) -> dict[str, Any]:
@@ -360,36 +309,29 @@ def _apply(run: Run, settings: Mapping[str, Any]) -> Run:
             raise _unknown_key(run, key)
         if len(place) == 1:
             example = getattr(run, key)
-            run = replace(run, **{key: value if example is None else _typed(key, value, example)})
+            run = replace(run, **{key: value if example is None else typed(key, value, example)})
             continue
         section, leaf = place
         if section == "options":  # the method's own options class gives the type
             run = replace(run, options={**run.options, leaf: value})
         elif section == "model":
             example = run.model[leaf]
-            run = replace(run, model={**run.model, leaf: _model_value(leaf, value, example)})
+            run = replace(run, model={**run.model, leaf: model_value(leaf, value, example)})
         elif section == "augment":
-            changed = replace(run.loader.augment, **{leaf: _typed(key, value, getattr(run.loader.augment, leaf))})
+            changed = replace(run.loader.augment, **{leaf: typed(key, value, getattr(run.loader.augment, leaf))})
             run = replace(run, loader=replace(run.loader, augment=changed))
         else:
             config = getattr(run, section)
-            run = replace(run, **{section: replace(config, **{leaf: _typed(key, value, getattr(config, leaf))})})
+            run = replace(run, **{section: replace(config, **{leaf: typed(key, value, getattr(config, leaf))})})
     return run
 
 
-def _model_value(leaf: str, value: Any, example: Any) -> Any:
-    if example is None and isinstance(value, str):
-        return None if value in ("null", "none") else value
-    typed = _typed(f"model.{leaf}", value, example)
-    return list(typed) if isinstance(typed, tuple) else typed
-
-
-def parse_settings(items: Iterable[str]) -> dict[str, str]:
-    """``("optim.lr=1e-3", "seed=2")`` -> dict of strings. Errors: UsageError for an item without ``=``."""
+def parse_settings(items: Iterable[str], option: str = "--set") -> dict[str, str]:
+    """``("optim.lr=1e-3", "seed=2")`` -> dict of strings. Errors: UsageError for an item without ``=``, naming the option."""
     out = {}
     for item in items:
         key, sign, value = item.partition("=")
         if not sign or not key:
-            raise UsageError("--set needs key=value", found=item)
+            raise UsageError(f"{option} needs key=value", found=item)
         out[key.strip()] = value.strip()
     return out

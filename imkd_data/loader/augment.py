@@ -29,6 +29,9 @@ __all__ = [
 ]
 
 F64 = NDArray[np.float64]
+# What a draw can mean: pairs are ranges; a scale so far from 1 leaves no image, or no memory.
+_PAIRS = {"image_scale": (0.05, 20), "rotation_deg": (-360, 360), "bev_scale": (0.05, 20), "image_rotation_deg": (-360, 360)}
+_SINGLE = {"image_flip": (0, 1), "flip_x": (0, 1), "flip_y": (0, 1), "radar_drop": (0, 1), "evaluation_scale": (0.05, 20)}
 _BEV_STREAM, _IMAGE_STREAM, _TURN_STREAM, _RADAR_STREAM = 1, 2, 3, 4
 
 
@@ -55,6 +58,22 @@ class AugmentConfig:
     radar_sweeps_kept: int = 0
     evaluation_scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        kept = self.radar_sweeps_kept
+        expected = {
+            "enabled": "" if isinstance(self.enabled, bool) else "true or false",
+            "radar_sweeps_kept": "" if type(kept) is int and kept >= 0 else "a whole number, at least 0",
+        }
+        for name, (low, high) in _PAIRS.items():
+            pair = getattr(self, name)
+            fits = isinstance(pair, list | tuple) and len(pair) == 2 and all(_is_between(v, low, high) for v in pair)
+            expected[name] = "" if fits and pair[0] <= pair[1] else f"2 numbers, {low} to {high}, the smaller first"
+        for name, (low, high) in _SINGLE.items():
+            expected[name] = "" if _is_between(getattr(self, name), low, high) else f"{low} to {high}"
+        for name, words in expected.items():
+            if words:
+                raise RecipeError(f"setting augment.{name}", expected=words, found=repr(getattr(self, name)))
+
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -62,11 +81,19 @@ class AugmentConfig:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> AugmentConfig:
         """From the JSON form; unknown keys are errors."""
+        if not isinstance(value, Mapping):
+            raise RecipeError("setting augment", expected="an object", found=repr(value))
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(value) - known):
             raise RecipeError("unknown augmentation keys", expected=", ".join(sorted(known)), found=", ".join(unknown))
         kwargs: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
         return cls(**kwargs)
+
+
+def _is_between(value: Any, low: float, high: float) -> bool:
+    """Whether it is a number in these limits; NaN is in none."""
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return number and bool(low <= value <= high)
 
 
 IDENTITY = AugmentConfig(enabled=False)

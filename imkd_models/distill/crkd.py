@@ -58,7 +58,7 @@ class CrkdOptions(MethodOptions):
         choices=("dynamic", "static", "uniform"),
     )
     group_weight_by_name: Mapping[str, float] = option(
-        {}, "explicit weights, e.g. {'truck+construction_vehicle': 2}; all groups"
+        {}, "explicit weights, e.g. {'truck+construction_vehicle': 2}; all groups", low=0
     )
     velocity_weight: float = option(1.0, "factor of the two velocity values in the response boxes", low=0)
     lambda_csrd: float = option(100.0, "weight of cross-stage radar distillation", low=0)
@@ -81,14 +81,20 @@ class CrkdOptions(MethodOptions):
     )
     lambda_rel: float = option(1.0, "factor on the base weight of relation distillation: 1.0 cosine, 0.125 gram", low=0)
     relation: str = option("cosine", "similarity; gram is the released form", choices=("cosine", "gram"))
-    relation_sizes: tuple[int, ...] = option((32, 16, 8, 4), "side lengths of the resized maps")
+    relation_sizes: tuple[int, ...] = option((32, 16, 8, 4), "side lengths of the resized maps", low=1)
     relation_adapters: bool = option(True, "adapters on the student's resized maps")
     adapter_init: str = option("dirac", "identity, or the library's random init as released", choices=("dirac", "random"))
     defects: tuple[str, ...] = option((), "released defects to switch on", choices=DEFECTS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "relation_sizes", tuple(int(k) for k in self.relation_sizes))
+        if self.lambda_rel > 0 and not self.relation_sizes:
+            raise RecipeError(
+                "relation distillation needs a side length",
+                expected="relation_sizes=32,16,8,4",
+                found="relation_sizes is empty",
+                next="set lambda_rel=0 to leave it out",
+            )
 
     @property
     def weight_of_relation(self) -> float:

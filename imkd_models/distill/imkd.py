@@ -95,7 +95,9 @@ class ImkdOptions(MethodOptions):
                 "stage3_supervision teaches the stage 3 fuser", found="stage3 off", next="set stage3_supervision=off"
             )
         if self.intensity_control != "off" and self.intensity_source == "none":
-            raise RecipeError("there is no intensity map to control", found="intensity_source=none", next="set intensity_control=off")
+            raise RecipeError(
+                "there is no intensity map to control", found="intensity_source=none", next="set intensity_control=off"
+            )
         if self.intensity_control == "occupancy" and self.intensity_source not in ("reflectance", "mix"):
             raise RecipeError(
                 "intensity_control=occupancy replaces reflectance values",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, make_dataclass
+from copy import copy
+from dataclasses import dataclass, make_dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,18 +61,43 @@ class JoinedDistiller(Distiller):
         return any(part._undecayed(name) for part in self.parts.values())
 
 
-def _merged(changes: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+def _merged(parts: Sequence[tuple[Method, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
-    owner: dict[str, str] = {}
-    for name, values in changes:
-        for key, value in values.items():
+    owner: dict[str, tuple[Method, Any]] = {}
+    for method, options in parts:
+        for key, value in method.changes(options).items():
             if key in out and out[key] != value:
+                first = owner[key][0].name
+                ways = _ways_to(value, key, *owner[key]) + _ways_to(out[key], key, method, options)
+                ways = [w for w in ways if f".{key}=" in w] or ways  # the option of that name switches nothing off
+                apart = f"train them apart: no option of {first} or {method.name} changes {key}"
                 raise RecipeError(
-                    f"{owner[key]} and {name} want different students: {key} = {out[key]!r} and {value!r}",
-                    next=f"switch the part that needs it off in one of them, for example {owner[key]}.stage3=off",
+                    f"{first} and {method.name} want different students: {key} = {out[key]!r} and {value!r}",
+                    next=f"set {' or '.join(ways)}" if ways else apart,
                 )
-            out[key], owner[key] = value, name
+            out[key], owner[key] = value, (method, options)
     return out
+
+
+def _ways_to(wanted: Any, key: str, method: Method, options: Any) -> list[str]:
+    """``method.option=value`` for every option with which the method leaves that key of the student alone, or wants the same;
+    beside it what the method's own rules then ask for."""
+    ways = []
+    for one in options.describe():
+        name, default = one["name"], one["default"]
+        for value in (False, True) if isinstance(default, bool) else () if isinstance(default, tuple) else one["choices"]:
+            changed = copy(options)
+            object.__setattr__(changed, name, value)  # unchecked: which option decides, whatever else it asks for
+            if method.changes(changed).get(key, wanted) != wanted:
+                continue
+            text = ("on" if value else "off") if isinstance(value, bool) else value
+            try:
+                replace(options, **{name: value})
+                ways.append(f"{method.name}.{name}={text}")
+            except RecipeError as error:
+                ways.append(f"{method.name}.{name}={text} (and {error.details.get('next', error.what)})")
+            break
+    return ways
 
 
 def make_method(spec: str | Method, methods: Mapping[str, Method] | None = None) -> Method:
@@ -116,7 +142,7 @@ def _joined(parts: Sequence[Method]) -> Method:
         title=" and ".join(m.title for m in parts),
         summary=" ".join(m.summary for m in parts),
         options=cls,
-        changes=lambda options: _merged([(m.name, m.changes(o)) for m, o in each(options)]),
+        changes=lambda options: _merged(each(options)),
         needs_for=lambda options: sum((m.needs_for(o) for m, o in each(options)), Needs()),
         build=build,
         twin="the joined student without distillation",

@@ -206,7 +206,7 @@ DEVICE_COMMANDS = [
 def test_networks_run_where_training_does(
     target: str, words: tuple[str, ...], seen: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without --device: CUDA where torch sees one, else the CPU; a named device is taken as it is."""
+    """Without --device: CUDA where torch sees one, else the CPU; a named device that is there is taken as it is."""
     import torch
 
     import imkd_data
@@ -218,10 +218,12 @@ def test_networks_run_where_training_does(
         raise Reached(device)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: seen)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 * seen)
     monkeypatch.setattr(imkd_data, "open_cache", lambda *_, **__: None)
     monkeypatch.setattr(target, record)
     from cli.model import group
 
-    for given, device in (((), expected), (("--device", "cpu"), "cpu"), (("--device", "cuda:1"), "cuda:1")):
+    named = (("--device", "cuda:1"), "cuda:1") if seen else (("--device", "cpu:0"), "cpu:0")
+    for given, device in (((), expected), (("--device", "cpu"), "cpu"), named):
         with pytest.raises(Reached, match=f"^{device}$"):
             group.main([*words, *given], standalone_mode=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +217,45 @@ def test_dropped_radar_is_the_same_on_any_number_of_ranks(tmp_path: Path) -> Non
     assert {**halves[0], **halves[1]} == whole
     plain = sum(len(b.radar.xyz_m) for b in stream(cache, 4, fields=("radar_points",), seed=2))
     assert 0.55 * plain < sum(map(len, whole.values())) < 0.85 * plain
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"bev_scale": (0, 0)}, "2 numbers, 0.05 to 20, the smaller first"),
+        ({"bev_scale": (-1.0, -1.0)}, "2 numbers"),
+        ({"bev_scale": (1.1, 0.9)}, "the smaller first"),
+        ({"bev_scale": (math.nan, 1.0)}, "0.05 to 20"),
+        ({"bev_scale": (1.0,)}, "2 numbers"),
+        ({"bev_scale": 1.0}, "2 numbers"),
+        ({"bev_scale": ("a", 1.0)}, "2 numbers"),
+        ({"image_scale": (0.0, 1.0)}, "0.05 to 20"),
+        ({"rotation_deg": (0.0, math.inf)}, "-360 to 360"),
+        ({"image_rotation_deg": (5.4, -5.4)}, "the smaller first"),
+        ({"flip_x": 2}, "0 to 1"),
+        ({"flip_y": -0.5}, "0 to 1"),
+        ({"image_flip": math.nan}, "0 to 1"),
+        ({"radar_drop": 1.5}, "0 to 1"),
+        ({"radar_drop": "a"}, "0 to 1"),
+        ({"radar_drop": True}, "0 to 1"),
+        ({"evaluation_scale": 0}, "0.05 to 20"),
+        ({"radar_sweeps_kept": -1}, "a whole number, at least 0"),
+        ({"radar_sweeps_kept": 1.5}, "a whole number, at least 0"),
+        ({"enabled": "off"}, "true or false"),
+    ],
+)
+def test_draws_that_cannot_be_meant(values: dict[str, Any], expected: str) -> None:
+    (name,) = values
+    for make in (lambda: AugmentConfig(**values), lambda: AugmentConfig.from_dict(values)):
+        with pytest.raises(RecipeError, match=f"setting augment.{name}") as error:
+            make()
+        assert expected in error.value.details["expected"] and error.value.details["found"] == repr(values[name])
+
+
+def test_draws_at_their_limits() -> None:
+    config = AugmentConfig(
+        rotation_deg=(0, 0), bev_scale=(1, 1), flip_x=0, flip_y=1, radar_drop=1, image_scale=(np.float32(0.5), np.float64(2))
+    )
+    assert draw_bev(config, seed=0, epoch=0, position=0).flip_y and config == AugmentConfig.from_dict(config.as_dict())
+    with pytest.raises(RecipeError, match="augment"):
+        AugmentConfig.from_dict([1])  # type: ignore[arg-type]
