@@ -22,8 +22,8 @@ def seeds_from(text: str) -> tuple[int, ...]:
         seeds = tuple(range(int(first), int(last) + 1)) if dots else tuple(int(s) for s in text.split(","))
     except ValueError:
         raise UsageError("seeds are FIRST..LAST or a list", expected="0..5 or 0,1,2", found=text) from None
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise UsageError("seeds are FIRST..LAST or a list without repeats", expected="0..5 or 0,1,2", found=text)
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0 or max(seeds) >= 2**63:
+        raise UsageError("seeds are FIRST..LAST or a list, from 0 and without repeats", expected="0..5 or 0,1,2", found=text)
     return seeds
 
 
@@ -41,9 +41,9 @@ def _names(text: str | None) -> tuple[str, ...]:
     show_default=True,
     help="The same command continues it, also beside itself.",
 )
-@click.option("--blocks", default="main", show_default=True, help="main,controls,ablations,defects.")
+@click.option("--blocks", default="main", show_default=True, help="main,controls,ablations,defects; --rows names rows of any.")
 @click.option("--methods", help="Only these methods, comma-separated.")
-@click.option("--rows", help="Only these rows and the twins they are compared with.")
+@click.option("--rows", help="Only these rows, of whatever block, and the twins they are compared with.")
 @click.option("--world", type=PATH, help="An existing tree instead of OUT/world.")
 @click.option("--cache", type=PATH, help="Its cache instead of OUT/cache.")
 @click.option(
@@ -51,7 +51,7 @@ def _names(text: str | None) -> tuple[str, ...]:
     default="class",
     show_default=True,
     type=click.Choice(["class", "independent"]),
-    help="What decides reflectivity. Independent ones with --out OUT/independent stand in OUT's table.",
+    help="What decides reflectivity, also that of --world. Independent ones with --out OUT/independent stand in OUT's table.",
 )
 @click.option("--accelerator", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--devices", default=1, show_default=True, type=click.IntRange(min=1), help="Devices of every training.")
@@ -122,7 +122,7 @@ def distill(
         devices=devices,
         engine=engine,
         workers=workers,
-        steps={k: _whole(k, v) for k, v in parse_settings(steps).items()},
+        steps={k: _whole(k, v) for k, v in parse_settings(steps, "--steps").items()},
         settings=parse_settings(settings),
         held_in=held_in,
         tries=tries,
@@ -145,7 +145,7 @@ def distill(
 def _whole(name: str, value: str) -> int:
     from imkd_data.errors import UsageError
 
-    if name not in ("lidar", "label", "fusion", "student") or not value.isdigit() or int(value) < 1:
+    if name not in ("lidar", "label", "fusion", "student") or not value.isdecimal() or int(value) < 1:
         raise UsageError(
             "--steps is NETWORK=N", expected="lidar, label, fusion or student = 1, 2, ...", found=f"{name}={value}"
         )

@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imkd_data.errors import MismatchError, UsageError
+from imkd_data.errors import MismatchError, SourceMissingError, UsageError
 from pipelines.bench_cell import Bench, train_and_score
 from pipelines.bench_rows import PRESETS, Row, all_rows, rows_of, with_tries
 from pipelines.bench_world import make_cache, make_world, store_teachers, write_json
+from pipelines.device import device_of
 
 if TYPE_CHECKING:
     from pipelines.run import Run
@@ -86,7 +87,8 @@ def bench_distill(
         The content of ``results.json``: rows, paired, admission, spread, costs.
 
     Raises:
-        UsageError: unknown names, or the admission test failed. MismatchError: ``out`` was begun with other settings.
+        UsageError: unknown names, a row and method that contradict, no such device, or the admission test failed.
+        MismatchError: ``out`` was begun with other settings, ``world`` with other materials. SourceMissingError: no ``world``.
     """
     from imkd_data import open_cache
     from pipelines.bench_report import write_report
@@ -107,10 +109,8 @@ def bench_distill(
         if progress is not None:
             progress(BenchTick(done=state["done"], total=state["total"], text=text))
 
-    root.mkdir(parents=True, exist_ok=True)
-    _remember_command(
-        root,
-        {
+    def remember() -> None:
+        options = {
             "preset": preset,
             "seeds": ",".join(map(str, seeds)),
             "blocks": ",".join(blocks),
@@ -121,11 +121,9 @@ def bench_distill(
             "held-in": str(held_in or ""),
             "try": " --try ".join(tries),
             "teachers": "TEACHERS" if teachers is not None else "",
-        },
-        steps or {},
-        settings or {},
-        admission,
-    )
+        }
+        _remember_command(root, options, steps or {}, settings or {}, admission)
+
     if chosen.real and (world is None or cache is None):
         raise UsageError(
             f"preset {preset} is for a data set you hold",
@@ -133,7 +131,11 @@ def bench_distill(
             found="no --world" if world is None else "no --cache",
             next="imkd-data build --split trainval --dataroot DATAROOT makes the cache",
         )
-    materials = "real" if chosen.real else materials
+    cells = _order(plan, tuple(seeds))
+    device_of(accelerator)  # said now, not once a world and a cache are made
+    if world is not None:
+        _check_world(Path(world), None if chosen.real else materials)
+    root.mkdir(parents=True, exist_ok=True)
     with _held(root / "world", wait=world is None or cache is None):
         tree = Path(world) if world is not None else make_world(root, chosen, materials, workers, tell)
         opened = open_cache(Path(cache) if cache is not None else make_cache(root, tree, chosen, tell))
@@ -147,11 +149,10 @@ def bench_distill(
         tell=tell,
         steps={**chosen.steps, **(steps or {})},
         settings={**chosen.settings, **(settings or {})},
-        materials=materials,
+        materials="real" if chosen.real else materials,
         devices=devices,
         held_in=held_in,
     )
-    cells = _order(plan, tuple(seeds))
     state["total"] = len(cells)
     given = _teachers(bench, plan, None if teachers is None else Path(teachers))
     if chosen.stored_teachers and (maps := _maps_read(plan, given)):
@@ -177,10 +178,33 @@ def bench_distill(
                 tell(f"{row.name} seed {seed}: held by another process")
                 continue
             run_cell(bench, row, seed, given)
+        remember()
         new += fresh
         state["done"] += 1
         tell(f"{row.name} seed {seed}: done")
+    remember()
     return write_report(root, docs)
+
+
+def _check_world(tree: Path, materials: str | None) -> None:
+    """A given world is there and, where a benchmark's own record stands beside it, of these materials (None: of any)."""
+    if not tree.is_dir():
+        raise SourceMissingError(
+            "no world here", expected="a nuScenes tree", file=str(tree), next="--world TREE, or leave it out"
+        )
+    note = tree.parent / "world.json"
+    try:
+        made = json.loads(note.read_text())["materials"] if tree.name == "world" else None
+    except (OSError, ValueError, KeyError, TypeError):
+        made = None
+    if materials is not None and made not in (None, materials):
+        raise MismatchError(
+            "the given world has other materials",
+            expected=materials,
+            found=str(made),
+            file=str(note),
+            next=f"--materials {made}, or another --world",
+        )
 
 
 @contextmanager
@@ -216,7 +240,7 @@ def _finish_baselines(bench: Bench, cells: Sequence[tuple[Row, int]]) -> None:
 def _remember_command(
     root: Path, options: Mapping[str, str], steps: Mapping[str, int], settings: Mapping[str, Any], admission: bool | None
 ) -> None:
-    """Keep every different command line that filled this folder; the table prints them."""
+    """Keep every different command line that filled this folder or wrote its table, which prints them."""
     words = ["imkd bench distill", *(f"--{k} {v}" for k, v in options.items() if v)]
     words += [f"--steps {k}={v}" for k, v in steps.items()] + [f"--set {k}={v}" for k, v in settings.items()]
     docs = "docs" if options["preset"] == "tiny" else f"docs/{options['preset']}"  # where each preset's tables are published

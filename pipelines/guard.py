@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import os
 import signal
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import FrameType
@@ -12,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imkd_data.errors import ImkdError, InputDataError, InterruptedBuildError, NoProgressError
+from imkd_data.errors import ImkdError, InputDataError, InterruptedBuildError, LockedError, NoProgressError
 from imkd_data.loader.batch import Batch
 from imkd_data.recipe import canonical_json
 
@@ -25,9 +30,12 @@ __all__ = [
     "interrupted",
     "lost_rank",
     "non_finite_error",
+    "run_lock",
     "save_batch",
     "total",
 ]
+
+RESUME = "; `imkd train` asks for --resume"  # the benchmark and the demo, which train too, continue without it
 
 # Signals that finish the step, write a checkpoint and leave with this exit code.
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 130, signal.SIGINT: 130}
@@ -92,6 +100,63 @@ def batch_tensors(value: Any, prefix: str = "") -> dict[str, Tensor]:
     return out
 
 
+@contextlib.contextmanager
+def run_lock(out: Path, rank: int, device: torch.device) -> Iterator[None]:
+    """Hold ``out/.lock`` against other trainings while rank 0 lives; every rank calls it, so that all of them stop where one
+    is refused. What this makes and nothing was put into is removed at the end. Errors: LockedError."""
+    with contextlib.ExitStack() as held:
+        owner = _hold(out, held) if rank == 0 else ""
+        if agree(int(bool(owner)), device):
+            raise LockedError(
+                "another training writes this folder",
+                rule="lock",
+                file=str(out / ".lock"),
+                found=owner or "see the message of rank 0",
+                next="wait for it, or choose another --out",
+            )
+        yield
+
+
+def _hold(out: Path, held: contextlib.ExitStack) -> str:
+    """Take the lock until ``held`` closes, which removes its file; else who has it. The system lets go when a process dies,
+    however; where a file system has no locks there is none, as nothing written rests on it."""
+    path = out / ".lock"
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    while True:
+        out.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as opened:
+            try:
+                file = opened.enter_context(path.open("a+", encoding="utf-8"))
+            except FileNotFoundError:  # another one ended just now and removed the folder
+                continue
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    file.seek(0)
+                    return file.read().strip() or "no word of its process"
+            try:
+                ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:
+                ours = False
+            if not ours:  # its holder removed it between opening and locking
+                continue
+            file.truncate(0)
+            file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
+            file.flush()
+            held.push(opened.pop_all())
+            held.callback(_leave, path, missing)
+            return ""
+
+
+def _leave(path: Path, made: list[Path]) -> None:
+    """Remove the lock while it is held, and the folders that were made for a run that then was refused."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+        for folder in made:
+            folder.rmdir()
+
+
 _MAY_BE_NAN = ("velocity_mps_BM2", "velocity_mps")  # unknown velocities
 
 
@@ -134,7 +199,7 @@ def interrupted(number: int, step: int, steps: int) -> InterruptedBuildError:
         f"stopped by {signal.Signals(number).name} after step {step} of {steps}",
         signal_code=EXIT_CODES[signal.Signals(number)],
         kept="the checkpoint of this step is written",
-        next="the same command with --resume continues",
+        next=f"the same command continues{RESUME}",
     )
 
 
@@ -152,7 +217,7 @@ def lost_rank(error: RuntimeError) -> ImkdError | None:
         rule="train.lost_rank",
         found=text.splitlines()[0][:200],
         kept="the last checkpoint is unchanged",
-        next="see the message of that rank (memory? signal?), then run the same command with --resume",
+        next=f"see the message of that rank (memory? signal?); then the same command continues{RESUME}",
     )
 
 

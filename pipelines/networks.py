@@ -15,7 +15,7 @@ from imkd_data.errors import MismatchError, MissingFeatureError, UsageError
 from imkd_data.loader.batch import Batch
 from imkd_models.blocks import StepCounts
 from imkd_models.checkpoint import load_checkpoint, load_model, weights_hash
-from imkd_models.config import FusionConfig, LabelConfig, ModelConfig, StudentConfig
+from imkd_models.config import FusionConfig, LabelConfig, LidarConfig, ModelConfig, StudentConfig
 from imkd_models.convention import lidar_features
 from imkd_models.distill import FrozenTeacher, Method, check_needs, make_method
 from imkd_models.distill.base import Distiller
@@ -123,8 +123,8 @@ def build_networks(run: Run, teachers: Mapping[str, Path | str] | None = None, *
 
     Raises:
         MissingFeatureError: a teacher is not given, or a network does not deliver what the method reads.
-        UsageError: a teacher that nothing uses. MismatchError: a label encoder of another LiDAR teacher, a start that does
-        not fit.
+        UsageError: a teacher that nothing uses. MismatchError: a teacher of another kind than its role, a label encoder of
+        another LiDAR teacher, a start that does not fit.
     """
     given = dict(teachers or {})
     torch.manual_seed(run.seed)
@@ -159,6 +159,7 @@ def build_networks(run: Run, teachers: Mapping[str, Path | str] | None = None, *
         )
     _refuse_missing(method.name, wanted, given)
     frozen, hashes, metas = _load_teachers(given)
+    _check_kinds(metas, given)
     for teacher in frozen.values():
         teacher.in_float32 = run.teacher_precision == "32-true"
     _check_label_teacher(metas, hashes)
@@ -224,6 +225,25 @@ def _refuse_missing(method: str, wanted: tuple[str, ...], given: Mapping[str, An
         )
 
 
+# A method of your own may call its teachers otherwise; then it says itself what it needs of them.
+_KIND_OF_ROLE = {"lidar": LidarConfig.kind, "label": LabelConfig.kind, "fusion": FusionConfig.kind}
+
+
+def _check_kinds(metas: Mapping[str, Any], given: Mapping[str, Path | str]) -> None:
+    """Maps of the same names fit by chance: another kind of network would teach without a word."""
+    for role, meta in metas.items():
+        wanted, found = _KIND_OF_ROLE.get(role), meta["model"].get("kind")
+        if wanted is not None and found != wanted:
+            raise MismatchError(
+                f"teacher {role} is a {found} network",
+                rule="train.teacher_kind",
+                expected=f"a {wanted} network",
+                found=f"{found}, {meta.get('name') or 'without a name'}",
+                file=str(given[role]),
+                next=f"--teacher {role}=CKPT of a {wanted} network (`imkd runs` lists those to train)",
+            )
+
+
 def _check_label_teacher(metas: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
     """A label encoder speaks the features of the LiDAR teacher it was trained with."""
     if {"label", "lidar"} <= set(metas):
@@ -245,7 +265,9 @@ def _label_networks(run: Run, config: LabelConfig, given: Mapping[str, Path | st
     _refuse_missing(f"run {run.name}", ("lidar",), given)
     if extra := sorted(set(given) - {"lidar"}):
         raise UsageError("a label encoder has one teacher, lidar", found=", ".join(extra))
-    teacher: Any = load_model(given["lidar"])[0]
+    teacher: Any
+    teacher, meta = load_model(given["lidar"])
+    _check_kinds({"lidar": meta}, given)
     fitted = label_config_for(teacher, name=config.name, hidden=config.hidden)
     digest = weights_hash(teacher)
     fitting = config.with_values(stages=fitted.stages, grid=fitted.grid, groups=fitted.groups, teacher_sha256=digest)

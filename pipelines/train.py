@@ -26,9 +26,9 @@ from imkd_data.errors import ImkdError, UsageError
 from imkd_data.loader.batch import Batch
 from imkd_data.loader.order import key64
 from imkd_data.loader.stream import Stream, held_out_rows, stream
-from imkd_models.checkpoint import add_score, load_checkpoint, save_checkpoint
+from imkd_models.checkpoint import Checkpoint, add_score, load_checkpoint, save_checkpoint
 from pipelines import validate
-from pipelines.guard import StopSignals, agree, elsewhere, interrupted, lost_rank, non_finite_error, total
+from pipelines.guard import StopSignals, agree, elsewhere, interrupted, lost_rank, non_finite_error, run_lock, total
 from pipelines.machine import Machine, accumulation, loss_scaler, make_fabric
 from pipelines.measure import loader_values
 from pipelines.networks import Networks, Sealed, build_networks, place, use_cached_teachers
@@ -38,7 +38,16 @@ from pipelines.run import Run
 from pipelines.sampling import is_listed, make_paster, saved_rows
 from pipelines.strength import sweep_warnings, teacher_records, teacher_warnings
 from pipelines.trainlog import Meter, Tick, TrainLog
-from pipelines.trainmeta import cache_meta, check_teachers, restore, saved_run, stage_teachers, start_warnings, stream_meta
+from pipelines.trainmeta import (
+    cache_meta,
+    check_folder,
+    check_teachers,
+    restore,
+    saved_run,
+    stage_teachers,
+    start_warnings,
+    stream_meta,
+)
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
@@ -86,7 +95,8 @@ def train(
 
     Raises:
         UsageError: held-out rows, a used folder, validation without ``dataroot``. MissingFeatureError: cache or teachers lack
-        something. MismatchError: resumed with another configuration, cache or earlier end. InterruptedBuildError: a signal.
+        something. MismatchError: resumed with another configuration, cache or earlier end, a teacher of another kind.
+        LockedError: another process trains there. InterruptedBuildError: a signal.
     """
     from imkd_data import open_cache
 
@@ -96,15 +106,34 @@ def train(
     if any(one.validate_every for one in run.stages or (run,)):
         validate.need_truth(dataroot, opened.recipe.version)
     if not run.stages:
-        return _Trainer(run, opened, root, given, run.name, resume, progress, machine, dataroot).train()
+        return _train_one(run, opened, root, given, run.name, resume, progress, machine, dataroot)
     check_teachers(run, given)
     for stage in run.stages:
         folder = root / stage.name
         wanted = stage_teachers(stage, given, made)
-        trainer = _Trainer(stage, opened, folder, wanted, run.name, "auto" if resume else False, progress, machine, dataroot)
-        result = trainer.train()
+        how = "auto" if resume else False
+        result = _train_one(stage, opened, folder, wanted, run.name, how, progress, machine, dataroot)
         made[stage.name] = folder / "last.ckpt"
     return replace(result, out=root, stages=made)
+
+
+def _train_one(
+    run: Run,
+    cache: Cache,
+    out: Path,
+    teachers: dict[str, Path | str],
+    top: str,
+    resume: bool | str,
+    progress: Progress | None,
+    machine: Machine,
+    dataroot: Path | None,
+) -> TrainResult:
+    """One network, with its folder held."""
+    check_folder(out, resume)  # before other ranks are started: what is refused is refused once
+    fabric = make_fabric(run, machine)
+    with run_lock(out, fabric.global_rank, fabric.device):
+        saved = saved_run(out, resume)
+        return _Trainer(run, cache, out, teachers, top, saved, progress, fabric, dataroot).train()
 
 
 class _Trainer:
@@ -117,15 +146,14 @@ class _Trainer:
         out: Path,
         teachers: dict[str, Path | str],
         top: str,
-        resume: bool | str,
+        saved: Checkpoint | None,
         progress: Progress | None,
-        machine: Machine,
+        fabric: Any,
         dataroot: Path | None,
     ) -> None:
         self.run, self.cache, self.out, self.top = run, cache, out, top
         self.progress, self.dataroot = progress, dataroot
-        self.saved = saved_run(out, resume)
-        self.fabric = make_fabric(run, machine)
+        self.saved, self.fabric = saved, fabric
         self.world, self.rank = self.fabric.world_size, self.fabric.global_rank
         self.global_batch, self.accumulate = accumulation(run, self.world)
         fresh = run if self.saved is None else run.with_values(start="")

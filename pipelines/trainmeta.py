@@ -10,7 +10,7 @@ import torch
 
 from imkd_data.errors import UsageError
 from imkd_data.loader.stream import Stream
-from imkd_models.checkpoint import Checkpoint, load_checkpoint, load_weights
+from imkd_models.checkpoint import Checkpoint, load_checkpoint, load_weights, resolve_checkpoint
 from pipelines.networks import TrainUnit
 from pipelines.optimise import Ema, in_layout
 from pipelines.run import Run
@@ -18,7 +18,16 @@ from pipelines.run import Run
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
 
-__all__ = ["cache_meta", "check_teachers", "restore", "saved_run", "stage_teachers", "start_warnings", "stream_meta"]
+__all__ = [
+    "cache_meta",
+    "check_folder",
+    "check_teachers",
+    "restore",
+    "saved_run",
+    "stage_teachers",
+    "start_warnings",
+    "stream_meta",
+]
 
 # Stage name -> the teacher name under which later stages use it.
 _TEACHER_OF_STAGE = {"teacher": "lidar", "label": "label", "fusion": "fusion"}
@@ -90,20 +99,27 @@ def start_warnings(start: Mapping[str, Any]) -> list[str]:
     return [f"{start['tensors']} tensors come from the start checkpoint, {len(start['new'])} begin as built: {modules}"]
 
 
-def saved_run(out: Path, resume: bool | str) -> Checkpoint | None:
-    """The checkpoint to continue from. Errors: UsageError where a run exists and --resume was not given."""
-    there = (out / "last.ckpt").is_symlink()
-    if resume == "auto":
-        return load_checkpoint(out / "last.ckpt") if there else None
-    if resume:
-        return load_checkpoint(out / "last.ckpt")
-    if there:
+def check_folder(out: Path, resume: bool | str) -> None:
+    """Errors: UsageError where a file stands, or a run and --resume was not given; SourceMissingError where none is to be
+    continued. Reads no checkpoint: another training may be writing it."""
+    nearest = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise UsageError("--out is a folder", found="a file", file=str(nearest), next="choose another --out")
+    if not resume and (out / "last.ckpt").is_symlink():
         raise UsageError(
             "this folder holds a run already",
             found=str(out / "last.ckpt"),
             next="continue it with --resume, or choose another --out",
         )
-    return None
+    if resume and resume != "auto":
+        resolve_checkpoint(out / "last.ckpt")
+
+
+def saved_run(out: Path, resume: bool | str) -> Checkpoint | None:
+    """The checkpoint to continue from, once the folder is held. Errors: as ``check_folder``."""
+    check_folder(out, resume)
+    there = (out / "last.ckpt").is_symlink() or (resume and resume != "auto")
+    return load_checkpoint(out / "last.ckpt") if there else None
 
 
 def restore(

@@ -27,6 +27,10 @@ __all__ = ["MemoryCache"]
 _COLUMNS = ("row", "shard", "position", "previous_row", "next_row", "status")
 
 
+def _some(names: Sequence[str], most: int = 20) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 class MemoryCache:
     """Rows of a reader's scenes behind the reading interface of ``Cache`` (recipe, suite, fields, index, read, decode, ...).
 
@@ -34,7 +38,7 @@ class MemoryCache:
     ``recipe.splits`` in order of split and name. Not picklable into workers: the reader stays in this process.
 
     Raises:
-        SourceMissingError: the tables hold no scene of these splits.
+        SourceMissingError: the tables hold no scene of these splits. UsageError: one of ``recipe.scenes`` is in none of them.
     """
 
     def __init__(self, reader: Reader, recipe: Recipe, *, keep_rows: int = 16) -> None:
@@ -55,8 +59,17 @@ class MemoryCache:
 
     def _read_index(self) -> pa.Table:
         rows: list[dict[str, Any]] = []
-        for split in self.recipe.splits:
-            for scene in self.reader.scene_names(split):
+        scenes = {split: self.reader.scene_names(split) for split in self.recipe.splits}
+        there = sorted({scene for names in scenes.values() for scene in names})
+        if there and (unknown := sorted(set(self.recipe.scenes) - set(there))):
+            raise UsageError(
+                f"no scene {', '.join(unknown)} in {', '.join(self.recipe.splits)}",
+                rule="scene.unknown",
+                expected=_some(there),
+                found=", ".join(self.recipe.scenes),
+            )
+        for split, names in scenes.items():
+            for scene in names:
                 if self.recipe.scenes and scene not in self.recipe.scenes:
                     continue
                 samples = self._samples(scene)
@@ -114,11 +127,15 @@ class MemoryCache:
         return self.sample(row).token
 
     def rows(self, split: str | Sequence[str] | None = None, scenes: Sequence[str] | None = None) -> NDArray[np.int64]:
-        """Rows in order, of one or more splits and scenes."""
+        """Rows in order, of one or more splits and scenes. Raises UsageError for one that is not there."""
         keep = np.ones(len(self), dtype=bool)
         for column, wanted in (("split", [split] if isinstance(split, str) else split), ("scene", scenes)):
-            if wanted is not None:
-                keep &= np.isin(np.asarray(self.index[column].to_pylist()), sorted(wanted))
+            if wanted is None:
+                continue
+            values = self.index[column].to_pylist()
+            if unknown := sorted(set(wanted) - set(values)):
+                raise UsageError(f"the cache holds no {column} {', '.join(unknown)}", expected=_some(sorted(set(values))))
+            keep &= np.isin(np.asarray(values), sorted(wanted))
         return np.flatnonzero(keep).astype(np.int64)
 
     def _computed(self, row: int, name: str) -> Stored:

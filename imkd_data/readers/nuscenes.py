@@ -91,7 +91,7 @@ def _version_folder(root: Path, version: str) -> Path:
             rule="source.root",
             expected="the folder that holds samples/, sweeps/ and v1.0-.../",
             found=f"{error.strerror}: {root}",
-            next="pass --dataroot, or set IMKD_NUSCENES",
+            next="give the right folder: --dataroot (imkd-data: or IMKD_NUSCENES), --world in `imkd bench distill`",
         ) from error
     folder = root / version
     if version not in there and not folder.is_dir():
