@@ -141,7 +141,8 @@ def test_a_radar_activation_that_shrinks_to_nothing_dies_as_relu_and_lives_as_si
             assert float(csrd.detach()) == pytest.approx(100 * notes["csrd_target"], rel=1e-5)
     assert alive == {"relu": False, "sigmoid": True}
     start = _run(_distiller(csrd_activation="sigmoid"), fake_outputs(STUDENT, 1))["csrd"]
-    assert 0 < float(start) < float(_run(_distiller(), fake_outputs(STUDENT, 1))["csrd"])
+    other = _run(_distiller(), fake_outputs(STUDENT, 1))["csrd"]
+    assert 0 < float(start.detach()) < float(other.detach())
 
 
 def test_features_are_compared_on_objects_only() -> None:
