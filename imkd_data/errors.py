@@ -108,7 +108,7 @@ class NoProgressError(ImkdError, TimeoutError):
 
 
 class LockedError(ImkdError):
-    """Another build holds the folder."""
+    """Another build or training holds the folder."""
 
     code = 7
 

@@ -98,10 +98,12 @@ def _storage_error(error: OSError, path: Path) -> ImkdError:
             "no space left for a checkpoint",
             file=str(path),
             kept="the previous checkpoint is unchanged",
-            next="free space or lower --set keep=N, then resume with --resume",
+            next="free space or lower --set keep=N, then continue (`imkd train`: with --resume)",
         )
     return StorageError(
-        f"a checkpoint could not be written: {error.strerror}", file=str(path), next="check the disk, then --resume"
+        f"a checkpoint could not be written: {error.strerror}",
+        file=str(path),
+        next="check the disk, then continue (`imkd train`: with --resume)",
     )
 
 
