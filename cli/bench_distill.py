@@ -138,7 +138,7 @@ def distill(
     for line in report["paired"]:
         low, high = line["low"], line["high"]
         interval = "" if low is None else f"  [{low:+.2f}, {high:+.2f}]"
-        click.echo(f"{line['method']:<28}{line['kind']:<14}{line['gain_nds']:+7.2f} NDS{interval}  seeds {len(line['seeds'])}")
+        click.echo(f"{line['method']:<28} {line['kind']:<14}{line['gain_nds']:+7.2f} NDS{interval}  seeds {len(line['seeds'])}")
     click.echo(f"tables: {out / 'results.md'}" + (f", {docs / 'results.md'}" if docs else ""))
 
 
