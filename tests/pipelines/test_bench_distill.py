@@ -231,6 +231,17 @@ def test_six_seeds_of_everything_finish_the_table(fake: dict[str, Any]) -> None:
     assert "Unfinished" not in text and "No claim" not in text
 
 
+def test_a_rows_student_and_loader_reach_its_training(fake: dict[str, Any]) -> None:
+    """And those of its twin; nobody else's."""
+    rows = ("plain+ego_frame:mean_camera", "adaptive_smooth/10_sim_drop")
+    _run(fake, seeds=(0,), rows=rows, blocks=("main", "ablations", "defects"), admission=False)
+    runs = fake["runs"]
+    assert {name for name, run in runs.items() if run.loader.parity} == {rows[0]}
+    assert runs[rows[0]].loader.parity == ("ego_frame:mean_camera",)
+    dropped = {name for name, run in runs.items() if run.model.get("sim_drop") == 0.1}
+    assert dropped == {rows[1], "adaptive_smooth_twin:sim_drop=0.1"}
+
+
 def test_a_finished_pair_stands_beside_unfinished_rows(fake: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """What is named as unfinished are the others; Holm is asked about the four methods, not the one that was run."""
     asked: list[dict[str, float]] = []
