@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["ABLATIONS", "STUDENT_ABLATIONS"]
+__all__ = ["ABLATIONS", "SIM_AT_TEST", "STUDENT_ABLATIONS"]
 
 # Name -> options, by method: the papers' ablation tables and our own. A row that changes the network is compared with the
 # undistilled twin of that network (``bench_rows.undistilled``). What is not here
@@ -88,6 +88,7 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "07_no_fp": {"weight_fp": 0.0},
         "07_no_attention": {"attention": False},
         "07_no_spatial": {"weight_sp": 0.0},
+        "08_fusion_teacher": {"teacher": "fusion"},
     },
 }
 
@@ -105,4 +106,13 @@ STUDENT_ABLATIONS: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
         "camera_06_full": (_CAMERA, {}),
     },
     "dual_distill": {"camera_02_mfd": (_CAMERA, {"lambda_crd": 0.0}), "camera_03_full": (_CAMERA, {})},
+}
+
+# Adaptive-Smooth's last row: a trained network scored with its simulated map (which holds the radar) taken away, or replaced
+# by noise of the same mean and spread. The heterogeneous fuser promises to bear that better than a convolution.
+SIM_AT_TEST: dict[str, tuple[str, str]] = {  # name -> (trained row, what the map becomes)
+    "adaptive_smooth/11_sim_zeros": ("adaptive_smooth", "zeros"),
+    "adaptive_smooth/11_sim_noise": ("adaptive_smooth", "noise"),
+    "adaptive_smooth/11_conv_sim_zeros": ("adaptive_smooth/10_conv", "zeros"),
+    "adaptive_smooth/11_conv_sim_noise": ("adaptive_smooth/10_conv", "noise"),
 }

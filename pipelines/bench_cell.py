@@ -21,10 +21,12 @@ from pipelines.bench_world import write_json
 from pipelines.device import device_of
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from imkd_data.cache.store import Cache
     from pipelines.run import Run
 
-__all__ = ["Bench", "train_and_score"]
+__all__ = ["Bench", "score_again", "train_and_score"]
 
 ERRORS = {"trans_err": "mATE", "scale_err": "mASE", "orient_err": "mAOE", "vel_err": "mAVE", "attr_err": "mAAE"}
 RINGS_M = ((0.0, 20.0), (20.0, 30.0), (30.0, 50.0))
@@ -126,6 +128,33 @@ def train_and_score(
     return score
 
 
+def score_again(bench: Bench, folder: Path, trained: Path, sim_at_test: str, *, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Score the network of a finished run with its simulated map replaced (``lose_simulated``); nothing is trained."""
+    from imkd_models.distill.adaptive_smooth import lose_simulated
+
+    first = json.loads((trained / "score.json").read_text())
+    asked = {**first["asked"], "sim_at_test": sim_at_test}
+    done = folder / "score.json"
+    if done.is_file():
+        score: dict[str, Any] = json.loads(done.read_text())
+        if score["weights_sha256"] != first["weights_sha256"]:
+            raise MismatchError(
+                f"{facts['row']} seed {facts['seed']} was scored on another network than {facts['twin']} has now",
+                expected=f"weights {first['weights_sha256'][:16]}",
+                found=f"weights {score['weights_sha256'][:16]}",
+                file=str(done),
+                next="delete this run's folder; the same command scores it again",
+            )
+        return score
+    bench.tell(f"{facts['row']} seed {facts['seed']}: scoring {facts['twin']} again")
+    kept = {k: first[k] for k in ("v", "steps", "weights_sha256", "materials", "preset", "versions")}
+    score = {**kept, **facts, "identity": sha256(canonical_json(asked)).hexdigest(), "asked": asked, "cost": {}}
+    checkpoint = trained / "train" / "last.ckpt"
+    score |= _score(bench, checkpoint, folder, change=lambda model: lose_simulated(model, sim_at_test))
+    write_json(done, score)
+    return score
+
+
 def _completed(asked: Mapping[str, Any]) -> bytes:
     """What a finished run was asked for, in today's form: a setting that came later has its default, and changes nothing."""
     from imkd_models.presets import config_from_dict
@@ -171,8 +200,9 @@ def _train(bench: Bench, run: Run, cache: Cache, out: Path, teachers: Mapping[st
     return {k: v for k, v in last.items() if k == "loss" or k.startswith(("det_", "depth"))}
 
 
-def _score(bench: Bench, checkpoint: Path, folder: Path) -> dict[str, Any]:
-    """Official metrics of the val rows, mAP by range ring, and the matches that the scene bootstrap reads."""
+def _score(bench: Bench, checkpoint: Path, folder: Path, change: Callable[[nn.Module], None] | None = None) -> dict[str, Any]:
+    """Official metrics of the val rows, mAP by range ring, and the matches that the scene bootstrap reads. ``change``: done to
+    the network first."""
     from pipelines.bench_statistics import SceneMatches
     from pipelines.evaluate import ego_places, evaluate_checkpoint, read_tables, scored_rows
     from pipelines.evaluate_fast import CONFIG, fast_metrics, filter_table, occurring_mean
@@ -182,7 +212,7 @@ def _score(bench: Bench, checkpoint: Path, folder: Path) -> dict[str, Any]:
     bench.tell(f"{folder.parent.name} {folder.name}: scoring")
     which = bench.scored
     summary = evaluate_checkpoint(
-        checkpoint, bench.cache, bench.world, out, bench.engine, **which, device=bench.device, batch_size=2
+        checkpoint, bench.cache, bench.world, out, bench.engine, **which, device=bench.device, batch_size=2, change=change
     )
     rows = scored_rows(bench.cache, **which)
     tables = read_tables(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imkd_data.errors import MismatchError, SourceMissingError, UsageError
-from pipelines.bench_cell import Bench, train_and_score
+from pipelines.bench_cell import Bench, score_again, train_and_score
 from pipelines.bench_rows import PRESETS, Row, all_rows, rows_of, with_tries
 from pipelines.bench_world import make_cache, make_world, store_teachers, write_json
 from pipelines.device import device_of
@@ -173,6 +173,9 @@ def bench_distill(
         if fresh and max_runs is not None and new >= max_runs:
             tell(f"stopped after {new} new runs; the same command continues")
             break
+        if row.sim_at_test and not (_trained(bench, row, seed) / "score.json").is_file():
+            tell(f"{row.name} seed {seed}: {row.twin} is still to be trained; the same command scores it then")
+            continue
         with _held(_folder(bench, row, seed), wait=False) as mine:
             if not mine:
                 tell(f"{row.name} seed {seed}: held by another process")
@@ -352,10 +355,19 @@ def _folder(bench: Bench, row: Row, seed: int) -> Path:
     return bench.out / "runs" / row.name / f"seed{seed}"
 
 
+def _trained(bench: Bench, row: Row, seed: int) -> Path:
+    """Folder of the run whose network a row at test scores again: its twin's."""
+    return bench.out / "runs" / str(row.twin) / f"seed{seed}"
+
+
 def run_cell(bench: Bench, row: Row, seed: int, teachers: Mapping[str, Path]) -> dict[str, Any]:
-    """One row at one seed: train (or continue), score, write ``score.json``; a finished one is only read."""
+    """One row at one seed: train (or continue; or, at test, take its twin's network), score, write ``score.json``; a finished
+    one is only read."""
     from imkd_models.distill import make_method
 
+    facts = {f: getattr(row, f) for f in ("kind", "block", "method", "twin", "note")} | {"row": row.name, "seed": seed}
+    if row.sim_at_test:
+        return score_again(bench, _folder(bench, row, seed), _trained(bench, row, seed), row.sim_at_test, facts=facts)
     run = _run(bench, "student", seed=seed)
     run = run.with_values(model={**run.model, **row.model}, loader=replace(run.loader, **row.loader))
     given: dict[str, Path] = {}
@@ -363,9 +375,8 @@ def run_cell(bench: Bench, row: Row, seed: int, teachers: Mapping[str, Path]) ->
         method = make_method(row.method)
         given = {n: teachers[n] for n in method.teachers_for(method.make_options(row.options))}
         run = run.with_method(row.method).with_values(options=dict(row.options))
-        if bench.stored is not None and _maps_of(row):
+        if bench.stored is not None and _maps_of(row) and not run.pastes_as_released:
             run = run.with_values(loader=replace(run.loader, cached_teachers=True))
-    facts = {f: getattr(row, f) for f in ("kind", "block", "method", "twin", "note")} | {"row": row.name, "seed": seed}
     return train_and_score(bench, _folder(bench, row, seed), run, given, facts=facts)
 
 

@@ -174,7 +174,7 @@ def _paired(
         "p_holm": None,
         "gap_closed": _number(t.mean / headroom) if headroom > 0 else None,
         "published_gain_nds": PUBLISHED_GAIN_NDS.get(name) if kind == "system" else None,
-        "equal_weights": all(mine[s]["weights_sha256"] == theirs[s]["weights_sha256"] for s in seeds),
+        "equal_weights": kind != "at test" and all(mine[s]["weights_sha256"] == theirs[s]["weights_sha256"] for s in seeds),
         "seeds": seeds,
     }
 
@@ -196,6 +196,8 @@ def _costs(scores: Sequence[Score]) -> list[dict[str, Any]]:
 
     out = []
     for name, runs in rows.items():
+        if all(s["kind"] == "at test" for s in runs.values()):
+            continue
         clock = wall if next(iter(runs.values()))["cost"].get("device") == "cuda" else cpu
         step, base = median(name, clock), median("plain", clock)
         out.append(
@@ -266,7 +268,7 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
             continue
         headroom = _headroom(rows, facts)
         if facts.get("twin"):
-            kind = "price" if facts["kind"] == "defect" else "distillation"
+            kind = {"defect": "price", "network": "network", "at test": "at test"}.get(facts["kind"], "distillation")
             paired.append(_paired(rows, name, facts["twin"], kind, headroom, drawn))
         if facts["kind"] == "method":
             paired.append(_paired(rows, name, "plain", "system", headroom, drawn))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from imkd_data.errors import UsageError
-from pipelines.bench_ablations import ABLATIONS, STUDENT_ABLATIONS
+from pipelines.bench_ablations import ABLATIONS, SIM_AT_TEST, STUDENT_ABLATIONS
 
 __all__ = ["BLOCKS", "PRESETS", "PUBLISHED_GAIN_NDS", "Preset", "Row", "all_rows", "rows_of", "with_tries"]
 
@@ -97,11 +97,12 @@ PRESETS: dict[str, Preset] = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One line of the table, run once a seed. twin: the row that its gain is measured against; system gains are always
-    against ``plain``. model, loader: changes of the student's and the loader's configuration. seeds: all, or the first only."""
+    against ``plain``. model, loader: changes of the student's and the loader's configuration. seeds: all, or the first only.
+    sim_at_test: nothing is trained, the twin's network is scored again with its simulated map replaced (zeros | noise)."""
 
     name: str
     block: str
-    kind: str  # baseline | twin | method | control | ablation | defect | tuning
+    kind: str  # baseline | twin | method | control | ablation | network | at test | defect | tuning
     method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -109,6 +110,7 @@ class Row:
     twin: str | None = None
     seeds: str = "all"
     frozen: bool = True
+    sim_at_test: str = ""
     note: str = ""
 
 
@@ -159,23 +161,25 @@ def _weighted(row: Row, weights: Mapping[str, Mapping[str, Any]]) -> Row:
 
 
 def undistilled(method: str, options: Mapping[str, Any], block: str) -> Row:
-    """What a setting's gain is measured against, the same network without distillation: the method's twin where that has it,
-    the plain student where the setting changes nothing of the network, else the twin with the setting's own switches."""
+    """What a setting's gain is measured against, the same network and start without distillation: the method's twin where that
+    has them, the plain student where the setting changes neither, else the twin with the setting's own switches."""
     from imkd_models.distill import METHODS
 
     known = METHODS[method]
 
-    def network(values: Mapping[str, Any]) -> dict[str, Any]:
-        return known.changes(known.make_options(values))
+    def start(values: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, tuple[str, ...]]]:
+        """Changes of the student, and what teachers lend it before the first step."""
+        made = known.make_options(values)
+        return known.changes(made), known.needs_for(made).at_start
 
     rows = {r.name: r for r in _main({})}
-    if network(options) == network(known.twin_options):
+    if start(options) == start(known.twin_options):
         return rows[f"{method}_twin"]
-    if not network(options) and known.prepare is None:
+    if start(options) == ({}, {}):
         return rows["plain"]
-    switches = {k: v for k, v in options.items() if network({**known.twin_options, k: v}) != network(known.twin_options)}
+    switches = {k: v for k, v in options.items() if start({**known.twin_options, k: v}) != start(known.twin_options)}
     twin = {**known.twin_options, **switches}
-    if network(twin) != network(options):
+    if start(twin) != start(options):
         raise UsageError(f"{method} has no undistilled twin with this network", found=json.dumps(dict(options)))
     name = f"{method}_twin:" + ",".join(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in switches.items())
     seeds = "all" if block == "tuning" else "first"
@@ -261,7 +265,29 @@ def _ablations() -> list[Row]:
         for method, rows in STUDENT_ABLATIONS.items()
         for name, (model, options) in rows.items()
     ]
-    return [*weights, *switches, *students]
+    fuser = Row(
+        name="plain/concat_fuser",
+        block="ablations",
+        kind="network",
+        model={"fuser": "concat"},
+        twin="plain",
+        seeds="first",
+        note="baseline of CRKD's paper: one convolution over both maps",
+    )
+    tested = [
+        Row(
+            name=name,
+            block="ablations",
+            kind="at test",
+            method="adaptive_smooth",
+            twin=twin,
+            seeds="first",
+            frozen=False,
+            sim_at_test=becomes,
+        )
+        for name, (twin, becomes) in SIM_AT_TEST.items()
+    ]
+    return [*weights, *switches, *students, fuser, *tested]
 
 
 def _with_twins(rows: Sequence[Row]) -> list[Row]:

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,8 @@ from pipelines.evaluate_fast import CONFIG, EvalTable, fast_metrics, filter_tabl
 from pipelines.evaluate_tables import iter_results, read_results, read_truth, truth_counts
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from imkd_data.cache.store import Cache
 
 __all__ = ["METRICS_FILE", "check_sample_sets", "evaluate_checkpoint", "evaluate_results", "scored_rows", "write_metrics"]
@@ -281,13 +283,14 @@ def evaluate_checkpoint(
     scenes: Sequence[str] | None = None,
     device: str = "cpu",
     batch_size: int = 1,
+    change: Callable[[nn.Module], None] | None = None,
     progress: Any = None,
 ) -> dict[str, Any]:
     """Run a checkpoint on a cache's rows and score it against the tree the cache was built from.
 
     ``out`` gets ``results.json``, ``metrics_summary.json``, ``metrics_details.json``; ``scores.json`` beside the checkpoint
-    keeps its mAP and NDS. split None: the val split if the
-    cache has one, else all rows. ``progress(done, total)`` is called per batch.
+    keeps its mAP and NDS. split None: the val split if the cache has one, else all rows. ``change`` alters the loaded network
+    first: what is scored then is not the checkpoint, whose ``scores.json`` stays. ``progress(done, total)``: called per batch.
     """
     from imkd_data import open_cache
     from imkd_models.checkpoint import load_model
@@ -298,6 +301,8 @@ def evaluate_checkpoint(
     rows = scored_rows(opened, split, scenes)
     check_tree(Path(dataroot), opened.recipe.version)
     model, meta = load_model(checkpoint, device)
+    if change is not None:
+        change(model)
     results = predict_cache(model, opened, rows, out, meta=meta, device=device, batch_size=batch_size, progress=progress)
     summary = evaluate_results(
         results,
@@ -310,7 +315,8 @@ def evaluate_checkpoint(
         reference_channel=opened.recipe.reference_channel,
         extra={"checkpoint": checkpoint_identity(Path(checkpoint), meta), "cache": opened.id},
     )
-    record_scores(checkpoint, meta, summary)
+    if change is None:
+        record_scores(checkpoint, meta, summary)
     return summary
 
 

@@ -291,12 +291,12 @@ def place(networks: Networks, device: torch.device) -> TrainUnit:
 
 def use_cached_teachers(networks: Networks, cache: Cache) -> None:
     """Replace teachers by ones that read their stored maps, all but label encoders and those whose answer depends on the rest
-    of the batch. Errors: MissingFeatureError naming the command."""
+    of the batch or is not their checkpoint's. Errors: MissingFeatureError naming the command."""
     if networks.method is None:
         return
     needs = networks.method.needs_for(networks.method.make_options(networks.options))
     for name, teacher in networks.teachers.items():
-        if isinstance(teacher.network.config, LabelConfig) or teacher.batch_statistics:
+        if isinstance(teacher.network.config, LabelConfig) or teacher.batch_statistics or teacher.altered:
             continue  # a label encoder reads boxes alone and is cheap
         cached = CachedTeacher(teacher, networks.teacher_sha256[name], needs.teachers[name])
         cached.check(cache)

@@ -109,4 +109,4 @@ def make_paster(run: Run, cache: Cache, rows: I64, out: Path, epochs: int, *, wr
             seed=run.seed,
             sweeps=loader.lidar_sweeps,
         )
-    return Paster(bank, until_epoch=epochs - loader.paste_off_epochs)
+    return Paster(bank, until_epoch=epochs if run.pastes_as_released else epochs - loader.paste_off_epochs)

@@ -27,7 +27,15 @@ from imkd_models.distill.terms import all_sum, head_targets, heatmaps_at, normal
 from imkd_models.head import stacked_box_maps
 from imkd_models.outputs import HeadMaps, Outputs
 
-__all__ = ["METHOD", "AdaptiveSmooth", "AdaptiveSmoothOptions", "Alignment", "response_weights", "soft_response"]
+__all__ = [
+    "METHOD",
+    "AdaptiveSmooth",
+    "AdaptiveSmoothOptions",
+    "Alignment",
+    "lose_simulated",
+    "response_weights",
+    "soft_response",
+]
 
 EPSILON = 1e-6
 NEAR_M = 2.0
@@ -318,6 +326,20 @@ def _build(
 ) -> AdaptiveSmooth:
     shapes = teachers[options.teacher].feature_shapes if options.teacher in teachers else {}
     return AdaptiveSmooth(options, student.feature_shapes, shapes)
+
+
+def lose_simulated(model: nn.Module, becomes: str) -> None:
+    """From now on the simulated map (B, C, Y, X) of this network is 0, or noise with each channel's mean and spread in the
+    batch; drawn from a fixed seed, call by call."""
+    noise = torch.Generator().manual_seed(0)
+
+    def replaced(module: nn.Module, inputs: Any, sim_BCYX: Tensor) -> Tensor:
+        if becomes == "zeros":
+            return torch.zeros_like(sim_BCYX)
+        spread, mean = torch.std_mean(sim_BCYX, dim=(0, 2, 3), keepdim=True)
+        return mean + spread * torch.randn(sim_BCYX.shape, generator=noise).to(sim_BCYX)
+
+    model.sim.register_forward_hook(replaced)  # type: ignore[union-attr]
 
 
 METHOD = Method(

@@ -38,7 +38,8 @@ class FrozenTeacher(nn.Module):
     It stays in eval whatever ``train()`` is called on a parent, runs under no_grad in float32, has no parameter or buffer
     in any state dict, optimiser or DDP wrapper, and moves with ``to()``. The network is kept outside the module tree for
     that reason. ``in_float32`` off: the surrounding autocast decides. ``batch_statistics`` exists only to measure the defect
-    of released code that trains with a drifting teacher.
+    of released code that trains with a drifting teacher; ``altered``: by another such defect it answers otherwise than its
+    checkpoint, so that maps stored from that are not its own.
     """
 
     def __init__(self, network: nn.Module, *, name: str = "teacher") -> None:
@@ -47,6 +48,7 @@ class FrozenTeacher(nn.Module):
             parameter.requires_grad_(False)
         self.name = name
         self.batch_statistics = False
+        self.altered = False
         self.in_float32 = True
         object.__setattr__(self, "_network", (network.eval(),))  # a tuple: nn.Module must not register it
         super().train(False)

@@ -7,7 +7,7 @@ run at inference and are model code; here are the activation convolution, the re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,23 +33,28 @@ from imkd_models.distill.terms import (
 )
 from imkd_models.head import stacked_box_maps
 from imkd_models.outputs import HeadMaps, Outputs
+from imkd_models.presets import build_model
 
 __all__ = ["METHOD", "Crkd", "CrkdOptions", "RelationAdapter", "group_weight", "heatmap_target", "object_mask", "relation_loss"]
 
 STATIC_CLASSES = frozenset({"barrier", "traffic_cone"})
 DEFECTS: tuple[str, ...] = (
+    "teacher_backbone_reset",
     "teacher_batch_statistics",
     "three_corner_mask",
     "grid_axis_speed",
     "divide_by_batch",
     "nan_from_student",
     "lowered_box_threshold",
+    "pasted_objects",
+    "half_points",
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrkdOptions(MethodOptions):
-    """Every switch and weight of CRKD. ``defects`` re-creates released behaviour, to measure what it costs."""
+    """Every switch and weight of CRKD. ``defects`` re-creates released behaviour, to measure what it costs; the trainer reads
+    ``pasted_objects``: LiDAR objects of other samples stand in the points and the truth, in no image and no radar scan."""
 
     lambda_resp: float = option(1.0, "weight of response distillation", low=0)
     group_weights: str = option(
@@ -317,9 +322,38 @@ def _changes(options: CrkdOptions) -> dict[str, Any]:
     return {"fuser": "gated", "calibration": options.calibration}
 
 
+def reset_backbone(teacher: FrozenTeacher) -> None:
+    """Released: weights are initialised after the teacher's checkpoint was loaded, so its image backbone is a new network's
+    (with the published image weights where its configuration names them)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        fresh = build_model(teacher.network.config)
+    teacher.network.camera.image.backbone.load_state_dict(fresh.camera.image.backbone.state_dict())
+    teacher.altered = True
+
+
+def half_points(teacher: FrozenTeacher) -> None:
+    """Released: the teacher's LiDAR points are cast to half precision before they are put into cells (3 cm at 32 m)."""
+
+    def halved(module: nn.Module, inputs: tuple[Batch]) -> tuple[Batch]:
+        (batch,) = inputs
+        if batch.lidar is None:
+            return inputs
+        names = ("xyz_m", "features_NF", "age_s")
+        lidar = replace(batch.lidar, **{n: getattr(batch.lidar, n).half().float() for n in names})
+        return (replace(batch, lidar=lidar),)
+
+    teacher.network.register_forward_pre_hook(halved)
+    teacher.altered = True
+
+
 def _build(options: CrkdOptions, student: Any, teachers: Mapping[str, FrozenTeacher], grid: BevGrid) -> Crkd:
-    if "teacher_batch_statistics" in options.defects:
-        teachers["fusion"].batch_statistics = True
+    if "fusion" in teachers:
+        if "teacher_backbone_reset" in options.defects:
+            reset_backbone(teachers["fusion"])
+        if "half_points" in options.defects:
+            half_points(teachers["fusion"])
+        teachers["fusion"].batch_statistics = "teacher_batch_statistics" in options.defects
     shapes = teachers["fusion"].feature_shapes if "fusion" in teachers else {}
     return Crkd(options, student.feature_shapes, shapes, grid)
 

@@ -61,6 +61,9 @@ LOGIT_OF_TENTH = math.log(0.1 / 0.9)
 class DualDistillOptions(MethodOptions):
     """Every switch and weight of DualDistill."""
 
+    teacher: str = option(
+        "lidar", "who teaches: the LiDAR network, or the LiDAR-camera one as the stronger", choices=("lidar", "fusion")
+    )
     levels: tuple[str, ...] = option(
         ("bev_stage1", "bev_stage2", NECK), "maps of MFD", choices=("bev_stage0", "bev_stage1", "bev_stage2", NECK)
     )
@@ -105,11 +108,11 @@ def needs_for(options: DualDistillOptions) -> Needs:
     needs = Needs(batch=("boxes",))
     if options.lambda_mfd > 0:
         names = (*options.levels, HEAD)
-        needs += Needs(student=names, teachers={"lidar": names})
+        needs += Needs(student=names, teachers={options.teacher: names})
     if options.lambda_crd > 0:
-        needs += Needs(student=(NECK, HEAD), teachers={"lidar": (NECK, HEAD)}, heads_of=("lidar",))
+        needs += Needs(student=(NECK, HEAD), teachers={options.teacher: (NECK, HEAD)}, heads_of=(options.teacher,))
     if options.head_from_teacher:
-        needs += Needs(student=(HEAD,), at_start={"lidar": (HEAD,)})
+        needs += Needs(student=(HEAD,), at_start={options.teacher: (HEAD,)})
     if options.lambda_mfd > 0 and not options.levels:
         raise RecipeError("DualDistill has no level to distil", found="levels=()", next="name levels, or set lambda_mfd=0")
     return needs
@@ -289,7 +292,7 @@ class DualDistill(Distiller):
     def terms(self, student: Outputs, teachers: Mapping[str, Outputs], batch: Batch) -> dict[str, Tensor]:
         if not (self.o.lambda_mfd > 0 or self.o.lambda_crd > 0):
             return {}
-        o, teacher, out = self.o, teachers["lidar"], {}
+        o, teacher, out = self.o, teachers[self.o.teacher], {}
         neck = None
         if hasattr(self, "neck"):
             neck = resized(self.neck(student.features[NECK]), self.neck_size, False)
@@ -379,7 +382,7 @@ def heads_from_teacher(options: DualDistillOptions, student: Any, teachers: Mapp
     """
     if not options.head_from_teacher:
         return []
-    theirs, ours = teachers["lidar"].head.state_dict(), student.head.state_dict()
+    theirs, ours = teachers[options.teacher].head.state_dict(), student.head.state_dict()
     names = [k for k, v in ours.items() if not k.startswith("shared") and k in theirs and theirs[k].shape == v.shape]
     if not names:
         raise MismatchError(
@@ -395,9 +398,9 @@ def heads_from_teacher(options: DualDistillOptions, student: Any, teachers: Mapp
 
 
 def _build(options: DualDistillOptions, student: Any, teachers: Mapping[str, FrozenTeacher], grid: BevGrid) -> DualDistill:
-    if "lidar" not in teachers:
+    if options.teacher not in teachers:
         return DualDistill(options, student.feature_shapes, {}, None)
-    teacher = teachers["lidar"]
+    teacher = teachers[options.teacher]
     return DualDistill(options, student.feature_shapes, teacher.feature_shapes, teacher.heads)
 
 
@@ -405,8 +408,8 @@ METHOD = Method(
     name="dual_distill",
     title="DualDistill: unified cross-modal distillation for BEV (BMVC 2025)",
     summary=(
-        "A LiDAR teacher teaches three map levels after a learned, orthogonal alignment, and its frozen head, run on the "
-        "student's neck, must find the teacher's own boxes."
+        "A LiDAR teacher, or a LiDAR-camera one, teaches three map levels after a learned, orthogonal alignment, and its "
+        "frozen head, run on the student's neck, must find the teacher's own boxes."
     ),
     options=DualDistillOptions,
     changes=lambda options: {},

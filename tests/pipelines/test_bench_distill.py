@@ -47,7 +47,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
             (out / "last.ckpt").symlink_to(folder.name)
         return SimpleNamespace(step=run.max_steps, losses={"det": 1.0})
 
-    def score(b: Any, checkpoint: Path, folder: Path) -> dict[str, Any]:
+    def score(b: Any, checkpoint: Path, folder: Path, change: Any = None) -> dict[str, Any]:
+        calls.setdefault("scored", []).append((folder.relative_to(b.out).as_posix(), checkpoint.relative_to(b.out).as_posix()))
         name = folder.name if folder.parent.name == "teachers" else folder.parent.relative_to(b.out / "runs").as_posix()
         seed = int(folder.name[4:]) if folder.name.startswith("seed") else 0
         name = f"teacher_{name}" if folder.parent.name == "teachers" else name
@@ -83,14 +84,22 @@ def test_every_row_is_a_valid_method_and_has_its_twin() -> None:
 
 
 def _network(row: Row) -> Any:
-    method = METHODS[row.method] if row.method else None
-    return (row.model, {} if method is None else method.changes(method.make_options(row.options)))
+    """Changes of the student, and what teachers lend it at the start."""
+    if row.method is None:
+        return row.model, {}, {}
+    method = METHODS[row.method]
+    options = method.make_options(row.options)
+    return row.model, method.changes(options), method.needs_for(options).at_start
 
 
 def test_a_twin_has_the_network_of_its_row() -> None:
     rows = {r.name: r for r in all_rows()}
     for row in rows.values():
-        if row.kind in ("method", "control", "ablation"):
+        if row.kind == "network":
+            assert row.method is None and rows[row.twin].name == "plain" and row.model
+        elif row.kind == "at test":
+            assert row.sim_at_test and rows[row.twin].method == row.method and not row.options and not row.model
+        elif row.kind in ("method", "control", "ablation"):
             assert _network(row) == _network(rows[row.twin]), row.name
             assert rows[row.twin].kind in ("twin", "baseline")
     assert rows["imkd/05_stage1_reflectance"].twin == "plain" and rows["imkd/03_stage3_supervised"].twin == "imkd_twin"
@@ -99,8 +108,11 @@ def test_a_twin_has_the_network_of_its_row() -> None:
     assert rows["adaptive_smooth/10_attended"].twin == "adaptive_smooth_twin:sim_added=attended"
     assert {k: v for k, v in rows["crkd_twin:calibration=false"].options.items() if v} == {}
     assert rows["adaptive_smooth/05_conv_fuser"].twin == "adaptive_smooth_twin:fuser=concat"
+    assert rows["dual_distill/08_fusion_teacher"].twin == "dual_distill_twin:teacher=fusion"
     tried = with_tries([], ("crkd:calibration=false,lambda_csrd=1", "imkd:stage3=false,stage3_supervision=false"))
     assert [r.twin for r in tried] == [None, "crkd_twin:calibration=false", None, "plain"]
+    (_, headless) = with_tries([], ("dual_distill:head_from_teacher=false",))
+    assert headless.twin == "plain", "a student that starts without the teacher's heads has the plain student beside it"
 
 
 def test_no_run_is_made_twice_under_two_names() -> None:
@@ -108,7 +120,7 @@ def test_no_run_is_made_twice_under_two_names() -> None:
         seen: dict[str, str] = {}
         for row in all_rows(preset):
             options = METHODS[row.method].make_options(row.options) if row.method else None
-            what = repr((row.method, options, row.model, row.loader))
+            what = repr((row.method, options, row.model, row.loader, row.sim_at_test, row.sim_at_test and row.twin))
             assert what not in seen, f"{row.name} is {seen.get(what)}"
             seen[what] = row.name
 
@@ -159,6 +171,34 @@ def test_a_control_is_compared_with_its_twin_and_with_its_method(fake: dict[str,
     assert over["kind"] == "over control" and over["p_holm"] is None and over["seeds"] == [0, 1, 2]
     expected = gains["imkd", "imkd_twin"]["gain_nds"] - gains["imkd_occupancy", "imkd_twin"]["gain_nds"]
     assert over["gain_nds"] == pytest.approx(expected, abs=0.002)
+
+
+def test_a_row_at_test_scores_its_twins_network_and_trains_nothing(fake: dict[str, Any]) -> None:
+    row = "adaptive_smooth/11_sim_zeros"
+    values: dict[str, Any] = {"rows": (row,), "seeds": (0,)}
+    _run(fake, **values, max_runs=4)  # all but the method itself
+    trained = len(fake["trained"])
+    report = _run(fake, **values)
+    assert len(fake["trained"]) == trained + 1 and not (fake["out"] / "runs" / row / "seed0/train").exists()
+    assert fake["scored"][-1] == (f"runs/{row}/seed0", "runs/adaptive_smooth/seed0/train/last.ckpt")
+    (pair,) = [p for p in report["paired"] if p["method"] == row]
+    assert (pair["kind"], pair["against"], pair["equal_weights"]) == ("at test", "adaptive_smooth", False)
+    assert row not in {c["row"] for c in report["costs"]} and pair["p_holm"] is None
+    assert _run(fake, **values) == report and len(fake["trained"]) == trained + 1
+
+    mine, theirs = (fake["out"] / "runs" / n / "seed0/score.json" for n in (row, "adaptive_smooth"))
+    assert json.loads(mine.read_text())["identity"] != json.loads(theirs.read_text())["identity"]
+    theirs.write_text(json.dumps(json.loads(theirs.read_text()) | {"weights_sha256": "0" * 64}))
+    with pytest.raises(MismatchError, match="another network"):
+        _run(fake, **values)
+
+
+def test_a_row_at_test_waits_for_a_network_that_another_process_trains(fake: dict[str, Any]) -> None:
+    row, twin, said = "adaptive_smooth/11_sim_noise", fake["out"] / "runs/adaptive_smooth/seed0", []
+    with bench._held(twin, wait=True):
+        report = _run(fake, rows=(row,), seeds=(0,), progress=lambda tick: said.append(tick.text))
+    assert row not in {r["method"] for r in report["rows"]} and any("still to be trained" in text for text in said)
+    assert row in {r["method"] for r in _run(fake, rows=(row,), seeds=(0,))["rows"]}
 
 
 def test_a_defect_that_never_acts_is_said_to_end_in_the_same_weights(fake: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import torch
 from toy_training import toy_cache, toy_run
 
 from imkd_data.errors import MismatchError, RecipeError
+from imkd_data.loader.augment import IDENTITY
 from imkd_data.loader.paste import write_bank
 from imkd_models.checkpoint import load_checkpoint, save_checkpoint
 from imkd_models.presets import model_from_dict
@@ -20,7 +21,7 @@ from pipelines.optimise import Ema, lr_factor
 from pipelines.report import make_report
 from pipelines.run import LoaderConfig, OptimConfig, Run
 from pipelines.runs import RUNS
-from pipelines.sampling import balanced, virtual_rows
+from pipelines.sampling import balanced, make_paster, virtual_rows
 from pipelines.strength import own_scores, record_scores, sweep_warnings, teacher_warnings
 from pipelines.train import train
 
@@ -120,6 +121,26 @@ def test_pasting_is_for_lidar_networks_only() -> None:
         toy_run("student", loader=LoaderConfig(paste=True))
     pasting = {name for name, make in RUNS.items() if make().loader.paste}
     assert pasting == {"centerpoint_pillar", "pillar_r34", "voxel"}
+
+
+def test_crkds_released_pasting_is_a_named_defect_that_lasts_to_the_end(cache: Any, tmp_path: Path) -> None:
+    """Boxes of pasted objects stand in the student's truth, in every epoch; stored maps know nothing of them."""
+    fusion = train(toy_run("fusion", max_steps=1), cache, tmp_path / "fusion", accelerator="cpu").checkpoint
+    loader = LoaderConfig(workers=0, paste_min_points=1, augment=IDENTITY)
+    run = toy_run("student", method="crkd", loader=loader, max_steps=2, optim=OptimConfig(lr=0.0))
+    released = run.with_settings({"defects": "pasted_objects"})
+    assert released.pastes_as_released and not run.pastes_as_released
+    for joined in ({"crkd": {"defects": ["pasted_objects"]}}, {"crkd.defects": "three_corner_mask,pasted_objects"}):
+        assert run.with_values(method="imkd+crkd", options=joined).pastes_as_released
+    losses = {}
+    for name, each in (("right", run), ("released", released)):
+        losses[name] = train(each, cache, tmp_path / name, {"fusion": fusion}, accelerator="cpu").losses
+        assert (tmp_path / name / "paste_bank.npz").is_file() == (name == "released")
+    assert losses["released"]["det_heatmap"] != losses["right"]["det_heatmap"], "the student's truth has more boxes"
+    paster = make_paster(released, cache, np.arange(3), tmp_path / "bank", 9, write=True, fresh=True)
+    assert paster.until_epoch == 9
+    with pytest.raises(RecipeError, match="no pasted objects"):
+        released.with_settings({"loader.cached_teachers": "on"})
 
 
 # ------------------------------------------------------------------------------------------------------------ schedule

@@ -7,14 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import make_batch
 from distill_fakes import FUSION, GRID, STUDENT, fake_batch, fake_head, fake_outputs, generator, same_head, without_boxes
 
 from imkd_data.errors import MismatchError, RecipeError
 from imkd_models.distill import METHODS, check_needs
-from imkd_models.distill.adaptive_smooth import AdaptiveSmooth, Alignment, response_weights, soft_response
+from imkd_models.distill.adaptive_smooth import AdaptiveSmooth, Alignment, lose_simulated, response_weights, soft_response
 from imkd_models.distill.terms import head_targets, smooth_l1
 from imkd_models.outputs import Outputs
-from imkd_models.presets import tiny_lidar
+from imkd_models.presets import tiny, tiny_lidar
 
 TERMS = ["l2c", "m2m", "srd_class", "srd_box"]
 
@@ -302,3 +303,27 @@ def test_logits_are_bit_identical_afterwards() -> None:
 def test_contradictory_options_are_refused() -> None:
     with pytest.raises(RecipeError, match="beta_min"):
         _options(beta_min=0.5, beta_max=0.1)
+
+
+def test_what_a_simulated_map_becomes() -> None:
+    """The map alone is another: 0, or noise with each channel's mean and spread, new in every call, the same in every run."""
+
+    def maps(becomes: str | None, calls: int = 1) -> list[dict[str, torch.Tensor]]:
+        torch.manual_seed(0)
+        model = tiny(grid=GRID, sim_branch=True, fuser="heterogeneous", image_hw_px=(64, 96)).eval()
+        if becomes is not None:
+            lose_simulated(model, becomes)
+        batch = make_batch(GRID, image_hw_px=(64, 96))
+        with torch.inference_mode():
+            return [model(batch).features for _ in range(calls)]
+
+    (kept,), (zeros,), noise, again = maps(None), maps("zeros"), maps("noise", 2), maps("noise")
+    assert bool(kept["bev_sim"].any()) and not bool(zeros["bev_sim"].any())
+    for changed in (zeros, noise[0]):
+        assert torch.equal(changed["bev_camera"], kept["bev_camera"]) and torch.equal(changed["bev_radar"], kept["bev_radar"])
+        assert not torch.equal(changed["bev_fused"], kept["bev_fused"])
+    assert torch.equal(noise[0]["bev_sim"], again[0]["bev_sim"]) and not torch.equal(noise[0]["bev_sim"], noise[1]["bev_sim"])
+    wanted, found = (torch.std_mean(m["bev_sim"], dim=(0, 2, 3)) for m in (kept, noise[0]))
+    assert torch.allclose(wanted[0], found[0], rtol=0.1) and torch.allclose(
+        wanted[1], found[1], atol=0.1 * float(wanted[0].max())
+    )

@@ -393,6 +393,26 @@ def test_head_start_copies_matching_task_heads_only() -> None:
         heads_from_teacher(_options(), student, {"lidar": teacher})
 
 
+def test_a_lidar_camera_teacher_is_asked_in_the_lidar_teachers_place() -> None:
+    """Row 8 of the specification: all that is asked of one teacher is asked of the other, the head start too; the same maps
+    under the other name give the same terms."""
+    needs = METHODS["dual_distill"].needs_for(_options(teacher="fusion"))
+    lidar = METHODS["dual_distill"].needs_for(_options())
+    for ours, theirs in ((needs.teachers, lidar.teachers), (needs.at_start, lidar.at_start)):
+        assert ours == {"fusion": theirs["lidar"]}
+    assert needs.heads_of == ("fusion",) and needs.student == lidar.student
+    maps = _teachers()["lidar"]
+    torch.manual_seed(0)
+    distiller = DualDistill(_options(teacher="fusion"), STUDENT, LIDAR, TEACHER.heads)
+    found = _run(distiller, teachers={"fusion": maps, "lidar": _teachers(9)["lidar"]})
+    wanted = _run(_distiller(), teachers={"lidar": maps})
+    assert list(found) == TERMS and all(torch.equal(found[k], wanted[k]) for k in TERMS)
+    student, teacher = FakeNet(STUDENT, seed=1), FrozenTeacher(FakeNet(LIDAR, seed=2))
+    other = FrozenTeacher(FakeNet(LIDAR, seed=3))
+    assert heads_from_teacher(_options(teacher="fusion"), student, {"fusion": teacher, "lidar": other})
+    assert torch.equal(student.head.output.weight, teacher.head.output.weight)
+
+
 def test_logits_are_bit_identical_afterwards() -> None:
     student, teacher = fake_outputs(STUDENT, 1), _teachers()
     before = [m.heatmap_logits_BKYX.clone() for m in (*student.head, *teacher["lidar"].head)]

@@ -206,9 +206,11 @@ def _touched(module: nn.Module) -> bool:
     return any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in module.parameters())
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_methods_run_on_the_projects_networks(name: str) -> None:
-    step = _real_step(name).train()
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in METHODS), ("dual_distill", {"teacher": "fusion"})], ids=str
+)
+def test_methods_run_on_the_projects_networks(name: str, options: dict[str, str]) -> None:
+    step = _real_step(name, **options).train()
     before = {n: t.fingerprint() for n, t in step.teachers.items()}
     outputs, terms = step(_real_batch())
     loss = sum(step.student.loss(outputs, _real_batch()).values()) + sum(terms.values())
@@ -300,6 +302,45 @@ def test_csrd_teaches_calibration_and_pillars_and_not_the_camera() -> None:
     _, terms = step(_real_batch())
     terms["csrd"].backward()
     assert _touched(step.student.calibration) and _touched(step.student.radar) and not _touched(step.student.camera)
+
+
+def _fusion_teacher() -> FrozenTeacher:
+    torch.manual_seed(3)
+    return FrozenTeacher(build_model(tiny_fusion(grid=GRID, **_branches()).config, pretrained=False), name="fusion")
+
+
+def _crkd_teacher(*defects: str) -> FrozenTeacher:
+    """The LiDAR-camera teacher as CRKD has it once it is built with these defects."""
+    teacher, method = _fusion_teacher(), METHODS["crkd"]
+    options = method.make_options({"defects": defects})
+    method.build(options, _real_student(**method.changes(options)), {"fusion": teacher}, GRID)
+    return teacher
+
+
+def test_the_defect_of_initialising_last_resets_the_teachers_image_backbone_and_nothing_else() -> None:
+    right, reset, again = _crkd_teacher(), _crkd_teacher("teacher_backbone_reset"), _crkd_teacher("teacher_backbone_reset")
+    assert right.fingerprint() == _fusion_teacher().fingerprint() and not right.altered and reset.altered
+    states = [t.network.state_dict() for t in (right, reset)]
+    changed = {k for k in states[0] if not torch.equal(states[0][k], states[1][k])}
+    backbone = {k for k, p in right.network.named_parameters() if k.startswith("camera.image.backbone.") and p.dim() > 1}
+    assert backbone and changed == backbone, "weights; scales and shifts of norms start alike in every network"
+    assert reset.fingerprint() == again.fingerprint()
+    assert not any(p.requires_grad for p in reset.network.parameters()) and not reset.network.training
+
+
+def test_the_defect_of_half_points_rounds_what_the_teacher_sees_and_not_the_batch() -> None:
+    right, halved = _crkd_teacher(), _crkd_teacher("half_points")
+    assert halved.altered and halved.fingerprint() == right.fingerprint()
+    batch = _real_batch()
+    xyz = batch.lidar.xyz_m.clone()
+    found = halved(batch)
+    assert torch.equal(batch.lidar.xyz_m, xyz), "the batch keeps its points"
+    names = ("xyz_m", "features_NF", "age_s")
+    rounded = replace(batch.lidar, **{n: getattr(batch.lidar, n).half().float() for n in names})
+    wanted, other = right(replace(batch, lidar=rounded)), right(batch)
+    assert not torch.equal(rounded.xyz_m, xyz)
+    assert torch.equal(found.features["bev_fused"], wanted.features["bev_fused"])
+    assert not torch.equal(found.features["bev_fused"], other.features["bev_fused"])
 
 
 def test_all_switches_off_is_the_plain_student_bit_for_bit() -> None:
