@@ -172,7 +172,7 @@ def _paired(
         "smallest_detectable_nds": _number(smallest_detectable(t.spread, t.seeds)),
         "p": None if math.isnan(t.p) else t.p,
         "p_holm": None,
-        "gap_closed": _number(t.mean / headroom) if headroom > 0 else None,
+        "gap_closed": _number(t.mean / headroom) if headroom > 0 and kind not in ("network", "at test") else None,
         "published_gain_nds": PUBLISHED_GAIN_NDS.get(name) if kind == "system" else None,
         "equal_weights": kind != "at test" and all(mine[s]["weights_sha256"] == theirs[s]["weights_sha256"] for s in seeds),
         "seeds": seeds,
