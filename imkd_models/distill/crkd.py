@@ -333,7 +333,7 @@ def reset_backbone(teacher: FrozenTeacher) -> None:
 
 
 def half_points(teacher: FrozenTeacher) -> None:
-    """Released: the teacher's LiDAR points are cast to half precision before they are put into cells (3 cm steps beyond 32 m)."""
+    """Released: the teacher's LiDAR points are cast to half precision before cells are made of them (3 cm at 32 m)."""
 
     def halved(module: nn.Module, inputs: tuple[Batch]) -> tuple[Batch]:
         (batch,) = inputs
