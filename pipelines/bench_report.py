@@ -90,13 +90,13 @@ def _number(value: float) -> float | None:
 
 
 def _spread(rows: Mapping[str, Mapping[int, Score]]) -> dict[str, Any]:
-    """Seed spread of the plain student and what it lets the benchmark find with as many seeds as every row of the main table
-    has (rows not begun left out). Differences of two runs are taken as independent (square root of 2), which pairing can only
-    improve."""
+    """Seed spread of the plain student and what it lets the benchmark find with as many seeds as every finished row of the
+    main table has (where none is finished, every row that was begun). Differences of two runs are taken as independent (square
+    root of 2), which pairing can only improve."""
     values = [s["nds"] for s in rows.get("plain", {}).values()]
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-    main = [len(rows[r]) for m in PUBLISHED_GAIN_NDS for r in (m, f"{m}_twin") if rows.get(r)]
-    compared = min([len(values), *main])
+    begun = [len(rows[r]) for m in PUBLISHED_GAIN_NDS for r in (m, f"{m}_twin") if rows.get(r)]
+    compared = min([len(values), *([n for n in begun if n >= MIN_SEEDS] or begun)])
     found = smallest_detectable(math.sqrt(2) * spread, compared) if compared > 1 else math.nan
     return {
         "seeds": len(values),

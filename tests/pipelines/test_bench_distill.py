@@ -291,6 +291,9 @@ def test_a_finished_pair_stands_beside_unfinished_rows(fake: dict[str, Any], mon
     assert "imkd" not in named and "plain" not in named and "crkd: 0 of 6 seeds; crkd_twin" in "; ".join(report["unfinished"])
     assert set(asked[-1]) == set(PUBLISHED_GAIN_NDS) and [k for k, p in asked[-1].items() if p == p] == ["imkd"]
     assert "No claim" not in (fake["out"] / "results.md").read_text()
+    begun = _run(fake, seeds=(0,), methods=("crkd",))
+    assert "crkd: 1 of 6 seeds" in begun["unfinished"] and begun["spread"] == report["spread"]
+    assert begun["unfit"] == [], "one that is begun takes no claim from those that are finished"
     monkeypatch.setattr("pipelines.bench_report.MAX_DETECTABLE", 0.0)
     report = _run(fake, seeds=tuple(range(6)), methods=("imkd",))
     assert (
