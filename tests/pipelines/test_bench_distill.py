@@ -221,7 +221,7 @@ def test_a_run_that_was_continued_has_no_cost(fake: dict[str, Any]) -> None:
     costs = [json.loads((fake["out"] / f"runs/imkd/seed{n}/score.json").read_text())["cost"] for n in (0, 1)]
     assert costs[0]["cpu_seconds"] is not None and costs[1]["cpu_seconds"] is costs[1]["train_seconds"] is None
     scores = [
-        {"row": "imkd", "seed": n, "nds": 1.0, "steps": 10, "cost": {"device": "cpu", "cpu_seconds": c}}
+        {"row": "imkd", "kind": "method", "seed": n, "nds": 1.0, "steps": 10, "cost": {"device": "cpu", "cpu_seconds": c}}
         for n, c in ((0, 30.0), (1, None))
     ]
     assert _costs(scores)[0]["cpu_seconds_per_step"] == 3
@@ -230,7 +230,7 @@ def test_a_run_that_was_continued_has_no_cost(fake: dict[str, Any]) -> None:
 def test_costs_compare_cpu_time_on_a_cpu_and_time_on_a_gpu() -> None:
     def score(row: str, wall: float, cpu: float, device: str) -> dict[str, Any]:
         cost = {"seconds_per_step": wall, "cpu_seconds": cpu, "device": device, "counted_mib": 3.0, "peak_mib": 7.0}
-        return {"row": row, "seed": 0, "nds": 1.0, "steps": 10, "cost": cost}
+        return {"row": row, "kind": "method", "seed": 0, "nds": 1.0, "steps": 10, "cost": cost}
 
     for device, times, peak in (("cpu", 1.5, None), ("cuda", 4.0, 7.0)):
         costs = {c["row"]: c for c in _costs([score("plain", 1.0, 20.0, device), score("imkd", 4.0, 30.0, device)])}
