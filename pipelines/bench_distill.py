@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imkd_data.errors import MismatchError, SourceMissingError, UsageError
+from imkd_data.world import world_options
 from pipelines.bench_cell import Bench, score_again, train_and_score
 from pipelines.bench_rows import PRESETS, Row, all_rows, rows_of, with_tries
 from pipelines.bench_world import make_cache, make_world, store_teachers, write_json
@@ -190,22 +191,18 @@ def bench_distill(
 
 
 def _check_world(tree: Path, materials: str | None) -> None:
-    """A given world is there and, where a benchmark's own record stands beside it, of these materials (None: of any)."""
+    """A given world is there and, where its own record says which, of these materials (None: of any)."""
     if not tree.is_dir():
         raise SourceMissingError(
             "no world here", expected="a nuScenes tree", file=str(tree), next="--world TREE, or leave it out"
         )
-    note = tree.parent / "world.json"
-    try:
-        made = json.loads(note.read_text())["materials"] if tree.name == "world" else None
-    except (OSError, ValueError, KeyError, TypeError):
-        made = None
+    made = (world_options(tree) or {}).get("materials")
     if materials is not None and made not in (None, materials):
         raise MismatchError(
             "the given world has other materials",
             expected=materials,
             found=str(made),
-            file=str(note),
+            file=str(tree),
             next=f"--materials {made}, or another --world",
         )
 

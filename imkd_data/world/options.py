@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +50,11 @@ class WorldOptions:
     def annotated(self) -> bool:
         """Whether the tables hold boxes; those of ``v1.0-test`` do not."""
         return not self.version.endswith("test")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options as JSON holds them."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
 
     def fingerprint(self) -> str:
         """Identity of everything that decides the bytes of a scene (not the number of scenes)."""

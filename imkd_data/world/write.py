@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 from imkd_data.errors import MismatchError, UsageError
 from imkd_data.world import faults
@@ -32,6 +33,15 @@ def _part_path(root: Path, index: int) -> Path:
 def finished_scenes(root: Path) -> int:
     """How many scenes of an unfinished world are whole."""
     return len(list((root / STATE).glob("scene-*.json")))
+
+
+def world_options(root: Path) -> dict[str, Any] | None:
+    """Options of the finished synthetic world below ``root`` (WorldOptions' names), by its own record; None without one."""
+    try:
+        options = json.loads((Path(root) / STATE / "complete.json").read_text())["options"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return options if isinstance(options, dict) else None
 
 
 def write_scene(root: Path, options: WorldOptions, index: int) -> int:
@@ -90,7 +100,7 @@ def write_world(
     if len(names) != scenes or len(set(names)) != scenes:
         raise UsageError("every scene needs its own name", expected=f"{scenes} different names", found=len(set(names)))
     root = Path(out)
-    identity: dict[str, object] = {"world": options.fingerprint(), "names": names, "fault": fault}
+    identity: dict[str, object] = {"world": options.fingerprint(), "names": names, "fault": fault, "options": options.as_dict()}
     if not _begin(root, identity):
         return
     _write_scenes(root, options, workers, progress)
@@ -110,7 +120,7 @@ def _begin(root: Path, identity: dict[str, object]) -> bool:
         if not (state / name).is_file():
             continue
         there = json.loads((state / name).read_text())
-        if name == "complete.json" and there == identity:
+        if name == "complete.json" and all(there.get(k) == identity[k] for k in ("world", "names", "fault")):
             return False
         if there["world"] != identity["world"] or there["fault"] not in (None, identity["fault"]):
             raise MismatchError(

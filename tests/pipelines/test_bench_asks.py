@@ -11,6 +11,7 @@ import pytest
 from test_bench_distill import _run, fake  # noqa: F401
 
 from imkd_data.errors import ImkdError, MismatchError, SourceMissingError, UsageError
+from imkd_data.world import write_world
 from pipelines.bench_report import admission_test
 from pipelines.bench_rows import rows_of
 
@@ -68,19 +69,19 @@ def test_a_command_that_stops_in_its_second_run_is_remembered(fake: Fake, monkey
 
 
 def test_materials_are_those_of_the_given_world(fake: Fake, tmp_path: Path) -> None:  # noqa: F811
-    other = tmp_path / "other"
-    (other / "world").mkdir(parents=True)
-    values: dict[str, Any] = {"world": other / "world", "cache": tmp_path, "seeds": (0,), "rows": ("plain",)}
-    assert _run(fake, **values, materials="independent")["materials"] == "independent"  # it says nothing: taken as it is
-    (other / "world.json").write_text(json.dumps({"materials": "class", "scenes": 60}))
+    """Also of a world that `imkd-data synth` wrote: the record is the tree's own."""
+    other = tmp_path / "tree"
+    values: dict[str, Any] = {"world": other, "cache": tmp_path, "seeds": (0,), "rows": ("plain",)}
+    write_world(other, scenes=1, keyframes=2, images=False, materials="class")
     with pytest.raises(MismatchError, match="other materials") as caught:
         _run(fake, **{**values, "out": tmp_path / "b"}, materials="independent")
     assert (caught.value.details["expected"], caught.value.details["found"]) == ("independent", "class")
-    assert caught.value.details["file"] == str(other / "world.json")
+    assert caught.value.details["file"] == str(other)
     assert _run(fake, **{**values, "out": tmp_path / "c"})["materials"] == "class"
-    (other / "world.json").write_text("no record of ours")
-    assert _run(fake, **{**values, "out": tmp_path / "d"}, materials="independent")["materials"] == "independent"
     assert _run(fake, **{**values, "out": tmp_path / "e"}, preset="nuscenes")["materials"] == "real"
+    for record in ("no record of ours", "{}", '{"options": 3}'):  # it says nothing: taken as it is
+        (other / ".synth" / "complete.json").write_text(record)
+        assert _run(fake, **{**values, "out": tmp_path / "d"}, materials="independent")["materials"] == "independent"
 
 
 def test_a_world_that_is_not_there_is_said_before_anything(fake: Fake, tmp_path: Path) -> None:  # noqa: F811

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from imkd_data.errors import MismatchError, UsageError
-from imkd_data.world import write_world
+from imkd_data.world import world_options, write_world
 from imkd_data.world.rig import CAMERA_DELAY_US, CAMERAS, LIDAR, RADARS
 from pipelines.synth import official_names, parse_size, run_synth, val_scenes, with_eta
 
@@ -376,3 +376,19 @@ def test_command_arguments_and_progress(tmp_path: Path) -> None:
     root = run_synth(out=tmp_path / "w", scenes=1, keyframes=2, image_size="45x80", weather="night", seed=11)
     assert "Night" in (root / "v1.0-mini" / "scene.json").read_text()
     shutil.rmtree(root)
+
+
+def test_a_world_says_what_it_was_made_with(tmp_path: Path) -> None:
+    """A finished world whose record says less, as older ones do, is still left alone."""
+    root = tmp_path / "w"
+    assert world_options(root) is None
+    values: dict[str, Any] = {"scenes": 1, "keyframes": 2, "image_hw_px": (45, 80), "materials": "independent"}
+    write_world(root, **values)
+    made = world_options(root)
+    assert made is not None and made["image_hw_px"] == [45, 80]
+    assert (made["materials"], made["scenes"], made["weather"]) == ("independent", 1, ["clear"])
+    record = root / ".synth" / "complete.json"
+    record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "options"}))
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
+    write_world(root, **values)
+    assert world_options(root) is None and {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
