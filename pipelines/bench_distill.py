@@ -123,7 +123,7 @@ def bench_distill(
             "try": " --try ".join(tries),
             "teachers": "TEACHERS" if teachers is not None else "",
         }
-        _remember_command(root, options, steps or {}, settings or {}, admission)
+        _remember_command(root, options, steps or {}, settings or {}, admission, _published(docs, preset))
 
     if chosen.real and (world is None or cache is None):
         raise UsageError(
@@ -175,7 +175,7 @@ def bench_distill(
             tell(f"stopped after {new} new runs; the same command continues")
             break
         if row.sim_at_test and not (_trained(bench, row, seed) / "score.json").is_file():
-            tell(f"{row.name} seed {seed}: {row.twin} is still to be trained; the same command scores it then")
+            tell(f"{row.name} seed {seed}: {row.twin} is not finished yet; the same command scores it then")
             continue
         with _held(_folder(bench, row, seed), wait=False) as mine:
             if not mine:
@@ -237,13 +237,24 @@ def _finish_baselines(bench: Bench, cells: Sequence[tuple[Row, int]]) -> None:
                 run_cell(bench, row, seed, {})
 
 
+def _published(docs: Path | str | None, preset: str) -> str:
+    """The folder of the printed command's ``--docs``: the one that was asked for, else where this preset's tables go."""
+    if docs is not None and not Path(docs).is_absolute():
+        return Path(docs).as_posix()
+    return "docs" if preset == "tiny" else f"docs/{preset}"
+
+
 def _remember_command(
-    root: Path, options: Mapping[str, str], steps: Mapping[str, int], settings: Mapping[str, Any], admission: bool | None
+    root: Path,
+    options: Mapping[str, str],
+    steps: Mapping[str, int],
+    settings: Mapping[str, Any],
+    admission: bool | None,
+    docs: str,
 ) -> None:
     """Keep every different command line that filled this folder or wrote its table, which prints them."""
     words = ["imkd bench distill", *(f"--{k} {v}" for k, v in options.items() if v)]
     words += [f"--steps {k}={v}" for k, v in steps.items()] + [f"--set {k}={v}" for k, v in settings.items()]
-    docs = "docs" if options["preset"] == "tiny" else f"docs/{options['preset']}"  # where each preset's tables are published
     line = " ".join(words) + (" --no-admission" if admission is False else "") + f" --out DIR --docs {docs}"
     path = root / "commands.json"
     with _held(path, wait=True):
@@ -311,11 +322,12 @@ def _borrow(theirs: Path, folder: Path) -> Path:
 
 
 def _maps_of(row: Row) -> dict[str, tuple[str, ...]]:
-    """What a row's method reads of teachers that are not label encoders: teacher -> maps."""
+    """What a row's method can read of stored maps: teacher -> maps; nothing of label encoders, nor of altered teachers."""
     from imkd_models.distill import make_method
+    from imkd_models.distill.crkd import ALTER_TEACHER
     from pipelines.cache_teacher import stored_maps
 
-    if not row.method:
+    if not row.method or ALTER_TEACHER & {*row.options.get("defects", ())}:
         return {}
     method = make_method(row.method)
     needs = method.needs_for(method.make_options(row.options)).teachers
@@ -372,7 +384,7 @@ def run_cell(bench: Bench, row: Row, seed: int, teachers: Mapping[str, Path]) ->
         method = make_method(row.method)
         given = {n: teachers[n] for n in method.teachers_for(method.make_options(row.options))}
         run = run.with_method(row.method).with_values(options=dict(row.options))
-        if bench.stored is not None and _maps_of(row) and not run.pastes_as_released:
+        if bench.stored is not None and _maps_of(row) and not run.pastes:
             run = run.with_values(loader=replace(run.loader, cached_teachers=True))
     return train_and_score(bench, _folder(bench, row, seed), run, given, facts=facts)
 

@@ -80,8 +80,12 @@ def admission_test(scores: Sequence[Score]) -> dict[str, Any]:
 
 
 def _headroom(rows: Mapping[str, Mapping[int, Score]], run: Score) -> float:
-    """Lead over the plain student of the teacher that a run learnt from: LiDAR-camera where it was given, else LiDAR."""
-    name = "fusion" if "fusion" in run.get("asked", {}).get("teachers", {}) else "lidar"
+    """Lead over the plain student of the teacher that a run learnt from: LiDAR-camera where it was given, else LiDAR; NaN where
+    none taught."""
+    given = run.get("asked", {}).get("teachers", {})
+    if not given or run["kind"] == "at test":
+        return math.nan
+    name = "fusion" if "fusion" in given else "lidar"
     return _mean(_compared_teacher(rows, name)) - _mean(rows.get("plain", {}))
 
 
@@ -101,6 +105,7 @@ def _spread(rows: Mapping[str, Mapping[int, Score]]) -> dict[str, Any]:
     return {
         "seeds": len(values),
         "seeds_compared": compared,
+        "compared_rows": "finished" if any(n >= MIN_SEEDS for n in begun) else "begun",
         "mean_nds": _number(float(np.mean(values))) if values else None,
         "spread_nds": _number(spread),
         "smallest_detectable_gain_nds": _number(found),
@@ -172,7 +177,7 @@ def _paired(
         "smallest_detectable_nds": _number(smallest_detectable(t.spread, t.seeds)),
         "p": None if math.isnan(t.p) else t.p,
         "p_holm": None,
-        "gap_closed": _number(t.mean / headroom) if headroom > 0 and kind not in ("network", "at test") else None,
+        "gap_closed": _number(t.mean / headroom) if headroom > 0 else None,
         "published_gain_nds": PUBLISHED_GAIN_NDS.get(name) if kind == "system" else None,
         "equal_weights": kind != "at test" and all(mine[s]["weights_sha256"] == theirs[s]["weights_sha256"] for s in seeds),
         "seeds": seeds,
@@ -215,7 +220,14 @@ def _costs(scores: Sequence[Score]) -> list[dict[str, Any]]:
 
 
 def _reads_stored(score: Score) -> bool:
-    return bool(score.get("asked", {}).get("run", {}).get("loader", {}).get("cached_teachers"))
+    """Its steps read stored maps: more than what teachers lend before the first step."""
+    from imkd_models.distill import make_method
+
+    run = score.get("asked", {}).get("run", {})
+    if not run.get("loader", {}).get("cached_teachers") or not run.get("method"):
+        return False
+    method = make_method(run["method"])
+    return bool(method.needs_for(method.make_options(run["options"])).teachers)
 
 
 def _pull(rows: Mapping[str, Mapping[int, Score]]) -> list[dict[str, Any]]:

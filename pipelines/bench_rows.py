@@ -400,8 +400,9 @@ def all_rows(preset: str = "tiny") -> list[Row]:
 def rows_of(
     blocks: tuple[str, ...], methods: tuple[str, ...] = (), names: tuple[str, ...] = (), preset: str = "tiny"
 ) -> list[Row]:
-    """Rows of the named blocks; ``methods`` keeps only these methods' rows (and the baselines), ``names`` only these rows, of
-    whatever block, and the twins they are compared with; ``preset`` decides the weights.
+    """Rows of the named blocks, and those whose trained network a row at test scores again; ``methods`` keeps only these
+    methods' rows (and the baselines), ``names`` only these rows, of whatever block, and the twins they are compared with;
+    ``preset`` decides the weights.
 
     Raises:
         UsageError: an unknown block, method or row, or a row of a method that is not among ``methods``.
@@ -431,4 +432,6 @@ def rows_of(
                 wanted.setdefault(twin)
                 twin = by_name[twin].twin
         return [r for r in rows if r.name in wanted or r.name == "plain"]
-    return [r for r in rows if r.block in blocks and (not methods or r.method is None or r.method in methods)]
+    plan = [r for r in rows if r.block in blocks and (not methods or r.method is None or r.method in methods)]
+    scored_again = {r.twin for r in plan if r.sim_at_test} - {r.name for r in plan}
+    return [*(replace(r, seeds="first") for r in rows if r.name in scored_again), *plan]

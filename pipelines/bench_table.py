@@ -53,8 +53,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     s = report["spread"]
     out += [
         f"Plain student over {s['seeds']} seeds: mean {_show(s['mean_nds'])} NDS, standard deviation {_show(s['spread_nds'])}; "
-        f"smallest gain that a paired t over {s['seeds_compared']} seeds, as many as every finished row of the main table has, "
-        f"finds (5 %, power 0.8): {_show(s['smallest_detectable_gain_nds'])}.",
+        f"smallest gain that a paired t over {s['seeds_compared']} seeds, as many as every {s['compared_rows']} row of "
+        f"the main table has, finds (5 %, power 0.8): {_show(s['smallest_detectable_gain_nds'])}.",
         "",
         "## Gains",
         "",

@@ -146,19 +146,18 @@ class Run:
                 found=f"{self.name}, a {self.model.get('kind')} network",
                 next="--set loader.paste=off",
             )
-        if self.pastes_as_released and self.loader.cached_teachers:
+        if self.pastes and self.loader.cached_teachers:
             raise RecipeError(
                 "stored teachers' maps hold no pasted objects",
-                found="defects=pasted_objects, loader.cached_teachers=on",
+                found="pasted objects, loader.cached_teachers=on",
                 next="--set loader.cached_teachers=off",
             )
         check_numbers(self)
 
     @property
-    def pastes_as_released(self) -> bool:
-        """A student's run that pastes LiDAR objects to its end, as CRKD's released code does: the price of it is measured."""
-        options = [self.options, *(o for o in self.options.values() if isinstance(o, Mapping))]  # of joined methods: by method
-        return any("pasted_objects" in o.get(k, ()) for o in options for k in ("defects", "crkd.defects"))
+    def pastes(self) -> bool:
+        """Objects of other samples are pasted: LiDAR networks' option, and for students what CRKD's public code does."""
+        return self.loader.paste or "paste:students" in self.loader.parity
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form; ``from_dict`` reads it back."""

@@ -96,8 +96,9 @@ def saved_rows(rows: I64, out: Path, *, write: bool) -> I64:
 
 
 def make_paster(run: Run, cache: Cache, rows: I64, out: Path, epochs: int, *, write: bool, fresh: bool) -> Paster:
-    """The bank of objects in ``out``, made from ``rows`` (each once), and when pasting ends. fresh: the run begins, so a bank
-    that lies there is of a start that never came to a checkpoint, perhaps with other settings: it is made anew."""
+    """The bank of objects in ``out``, made from ``rows`` (each once), and when pasting ends: some epochs before the last; for
+    students, as in CRKD's public code, after three quarters of them. fresh: the run begins, so a bank that lies there is of a
+    start that never came to a checkpoint, perhaps with other settings: it is made anew."""
     loader, bank = run.loader, out / BANK_FILE
     if write and (fresh or not bank.is_file()):
         write_bank(
@@ -109,4 +110,5 @@ def make_paster(run: Run, cache: Cache, rows: I64, out: Path, epochs: int, *, wr
             seed=run.seed,
             sweeps=loader.lidar_sweeps,
         )
-    return Paster(bank, until_epoch=epochs if run.pastes_as_released else epochs - loader.paste_off_epochs)
+    released = "paste:students" in loader.parity
+    return Paster(bank, until_epoch=epochs * 3 // 4 if released else epochs - loader.paste_off_epochs)

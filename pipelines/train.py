@@ -171,7 +171,7 @@ class _Trainer:
                 next="lower batch_size or global_batch",
             )
         self.total = run.max_steps or run.epochs * self.steps_per_epoch
-        if run.loader.paste or run.pastes_as_released:
+        if run.pastes:
             epochs = -(-self.total // self.steps_per_epoch)
             how = {"write": self.rank == 0, "fresh": self.saved is None}
             self.stream.reader.paste = make_paster(run, cache, self.stream.order.rows, out, epochs, **how)

@@ -173,7 +173,7 @@ class SampleReader:
         if "radar_points" in parts:
             out["radar"] = self._radar(rows, moves, epoch, position)
         pasted = None
-        if self.paste is not None and epoch < self.paste.until_epoch and {"lidar_points", "boxes"} <= set(parts):
+        if self.paste is not None and epoch < self.paste.until_epoch and "boxes" in parts:
             pasted = self.paste.draw(self.cache.decode("boxes", row), seed=self.seed, epoch=epoch, position=position)
         if "lidar_points" in parts:
             out["lidar"] = self._lidar(row, bev, pasted)

@@ -293,7 +293,7 @@ def stream(
         grid: grid of the intensity map, default the cache's view grid.
         drop_last: drop the last incomplete global batch; False pads it with rows marked in ``padding_B``.
         lidar_features: columns of the LiDAR batch; ``near_m`` besides for networks that leave close points of sweeps out.
-        parity: released behaviour of CRN's loader by name (``LOADER_PARITY``), to measure what it costs.
+        parity: released behaviour of public loaders by name (``LOADER_PARITY``), to measure what it costs.
         rows: an explicit selection (global row numbers, repetition allowed) instead of a split.
         on_bad_sample: ``stop`` raises the error of a damaged sample; ``skip`` puts the next position's sample in its place
             and remembers the token in ``Stream.skipped``.

@@ -38,6 +38,7 @@ from imkd_models.presets import build_model
 __all__ = ["METHOD", "Crkd", "CrkdOptions", "RelationAdapter", "group_weight", "heatmap_target", "object_mask", "relation_loss"]
 
 STATIC_CLASSES = frozenset({"barrier", "traffic_cone"})
+ALTER_TEACHER = frozenset({"teacher_backbone_reset", "teacher_batch_statistics", "half_points"})  # so it has to run
 DEFECTS: tuple[str, ...] = (
     "teacher_backbone_reset",
     "teacher_batch_statistics",
@@ -46,15 +47,13 @@ DEFECTS: tuple[str, ...] = (
     "divide_by_batch",
     "nan_from_student",
     "lowered_box_threshold",
-    "pasted_objects",
     "half_points",
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrkdOptions(MethodOptions):
-    """Every switch and weight of CRKD. ``defects`` re-creates released behaviour, to measure what it costs; the trainer reads
-    ``pasted_objects``: LiDAR objects of other samples stand in the points and the truth, in no image and no radar scan."""
+    """Every switch and weight of CRKD. ``defects`` re-creates released behaviour, to measure what it costs."""
 
     lambda_resp: float = option(1.0, "weight of response distillation", low=0)
     group_weights: str = option(
@@ -323,8 +322,9 @@ def _changes(options: CrkdOptions) -> dict[str, Any]:
 
 
 def reset_backbone(teacher: FrozenTeacher) -> None:
-    """Released: weights are initialised after the teacher's checkpoint was loaded, so its image backbone is a new network's
-    (with the published image weights where its configuration names them)."""
+    """Released, as far as its code and its libraries' versions tell: weights are initialised after the teacher's checkpoint was
+    loaded, so its image backbone is a new network's, with the published image weights where the teacher's configuration names
+    them. Where it names none, as in the benchmark's presets, the backbone is random, which the released one was not."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         fresh = build_model(teacher.network.config)

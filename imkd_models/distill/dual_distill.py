@@ -61,9 +61,7 @@ LOGIT_OF_TENTH = math.log(0.1 / 0.9)
 class DualDistillOptions(MethodOptions):
     """Every switch and weight of DualDistill."""
 
-    teacher: str = option(
-        "lidar", "who teaches: the LiDAR network, or the LiDAR-camera one as the stronger", choices=("lidar", "fusion")
-    )
+    teacher: str = option("lidar", "who teaches: the LiDAR network, or the LiDAR-camera network", choices=("lidar", "fusion"))
     levels: tuple[str, ...] = option(
         ("bev_stage1", "bev_stage2", NECK), "maps of MFD", choices=("bev_stage0", "bev_stage1", "bev_stage2", NECK)
     )

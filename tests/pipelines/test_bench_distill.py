@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import pipelines.bench_cell as cell
 import pipelines.bench_distill as bench
@@ -49,6 +51,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
 
     def score(b: Any, checkpoint: Path, folder: Path, change: Any = None) -> dict[str, Any]:
         calls.setdefault("scored", []).append((folder.relative_to(b.out).as_posix(), checkpoint.relative_to(b.out).as_posix()))
+        calls.setdefault("changes", {})[folder.relative_to(b.out).as_posix()] = change
         name = folder.name if folder.parent.name == "teachers" else folder.parent.relative_to(b.out / "runs").as_posix()
         seed = int(folder.name[4:]) if folder.name.startswith("seed") else 0
         name = f"teacher_{name}" if folder.parent.name == "teachers" else name
@@ -181,6 +184,11 @@ def test_a_row_at_test_scores_its_twins_network_and_trains_nothing(fake: dict[st
     report = _run(fake, **values)
     assert len(fake["trained"]) == trained + 1 and not (fake["out"] / "runs" / row / "seed0/train").exists()
     assert fake["scored"][-1] == (f"runs/{row}/seed0", "runs/adaptive_smooth/seed0/train/last.ckpt")
+    assert [k for k, change in fake["changes"].items() if change is not None] == [f"runs/{row}/seed0"]
+    model = nn.Module()
+    model.sim = nn.Identity()
+    fake["changes"][f"runs/{row}/seed0"](model)  # what is done to the network that is scored
+    assert not model.sim(torch.ones(1, 2, 3, 4)).any()
     (pair,) = [p for p in report["paired"] if p["method"] == row]
     assert (pair["kind"], pair["against"], pair["equal_weights"]) == ("at test", "adaptive_smooth", False)
     assert row not in {c["row"] for c in report["costs"]} and pair["p_holm"] is pair["gap_closed"] is None
@@ -197,8 +205,35 @@ def test_a_row_at_test_waits_for_a_network_that_another_process_trains(fake: dic
     row, twin, said = "adaptive_smooth/11_sim_noise", fake["out"] / "runs/adaptive_smooth/seed0", []
     with bench._held(twin, wait=True):
         report = _run(fake, rows=(row,), seeds=(0,), progress=lambda tick: said.append(tick.text))
-    assert row not in {r["method"] for r in report["rows"]} and any("still to be trained" in text for text in said)
+    assert row not in {r["method"] for r in report["rows"]} and any(
+        "adaptive_smooth is not finished yet" in text for text in said
+    )
     assert row in {r["method"] for r in _run(fake, rows=(row,), seeds=(0,))["rows"]}
+
+
+def test_a_plan_with_rows_at_test_holds_the_networks_that_they_score() -> None:
+    plan = rows_of(("ablations",), ("adaptive_smooth",))
+    tested = [r for r in plan if r.sim_at_test]
+    assert {r.twin for r in tested} <= {r.name for r in plan} and len(tested) == 4
+    (method,) = [r for r in plan if r.name == "adaptive_smooth"]
+    assert method.seeds == "first" and [r.name for r in rows_of(("main",))].count("adaptive_smooth") == 1
+
+
+def test_rows_whose_teacher_is_altered_read_no_stored_maps() -> None:
+    rows = {r.name: r for r in all_rows("long")}
+    for name, reads in (("", True), ("+teacher_backbone_reset", False), ("+half_points", False), ("+divide_by_batch", True)):
+        assert bool(bench._maps_of(rows[f"crkd{name}"])) == reads
+    assert not bench._maps_of(rows["crkd+teacher_batch_statistics"]) and not bench._maps_of(rows["dual_distill_twin"])
+
+
+def test_the_printed_command_names_the_folder_that_was_asked_for(
+    fake: dict[str, Any], monkeypatch: Any, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values: dict[str, Any] = {"rows": ("plain",), "seeds": (0,)}
+    for docs in (None, "docs/prices", tmp_path / "x"):  # a path of this machine is no one else's
+        lines = _run(fake, **values, docs=docs)["commands"]
+    assert [line.split(" --out ")[1] for line in lines] == ["DIR --docs docs", "DIR --docs docs/prices"]
 
 
 def test_a_defect_that_never_acts_is_said_to_end_in_the_same_weights(fake: dict[str, Any]) -> None:
@@ -411,7 +446,7 @@ def test_admission_waits_for_baselines_of_another_process(fake: dict[str, Any]) 
 
 def test_commands_started_at_once_are_all_remembered(tmp_path: Path) -> None:
     def remember(k: int) -> None:
-        bench._remember_command(tmp_path, {"preset": "tiny", "seeds": str(k)}, {}, {}, None)
+        bench._remember_command(tmp_path, {"preset": "tiny", "seeds": str(k)}, {}, {}, None, "docs")
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(remember, [k % 8 for k in range(64)]))

@@ -243,6 +243,29 @@ def test_evaluation_sees_the_radar_of_training(line, tmp_path: Path, monkeypatch
     assert [(k["radar_sweeps"], k["radar_filter"]) for k in seen] == [(6, "none")]
 
 
+def test_a_changed_network_is_what_is_scored_and_leaves_the_checkpoint_alone(line, tmp_path: Path) -> None:
+    """What rows of the benchmark at test time rest on: other detections, and no score beside the checkpoint."""
+    import torch
+
+    from pipelines.evaluate import evaluate_checkpoint
+
+    checkpoint = tmp_path / "run" / "step.ckpt"
+    shutil.copytree(Path(line.students["student0"]).resolve(), checkpoint)
+    (checkpoint.parent / "scores.json").unlink(missing_ok=True)
+
+    def halved(model: torch.nn.Module) -> None:
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight *= 0.5
+
+    results = {}
+    for name, change in (("changed", halved), ("as it is", None)):
+        evaluate_checkpoint(checkpoint, line.cache, line.tree, tmp_path / name, engine="fast", change=change)
+        results[name] = json.loads((tmp_path / name / "results.json").read_text())["results"]
+        assert (checkpoint.parent / "scores.json").is_file() == (change is None)
+    assert results["changed"].keys() == results["as it is"].keys() and results["changed"] != results["as it is"]
+
+
 def test_all_sweeps_are_those_of_the_cache_of_training(line) -> None:
     """A run says 0 for all that is stored; on a raw tree, and in a cache of more sweeps, it means those of training."""
     from imkd_models.presets import tiny_lidar
