@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -235,3 +236,37 @@ def test_broken_links_fail_the_build(tmp_path: Path) -> None:
     assert any("quickstart.md" in t and "nowhere.md" in t for t in warned)
     assert any("quickstart.md" in t and "#no-such-heading" in t for t in done.stderr.splitlines())
     assert "forgotten.md" in done.stderr
+
+
+NAMES = {"imkd": "IMKD", "crkd": "CRKD", "adaptive_smooth": "Adaptive-Smooth", "dual_distill": "DualDistill"}
+
+
+def gains_table(report: dict[str, Any], steps: str) -> list[str]:
+    """The README's lines of one benchmark: a method over its twin and over the plain student."""
+    paired = {(p["method"], p["against"]): p for p in report["paired"]}
+    lines = []
+    for method, name in NAMES.items():
+        over, system = paired[method, f"{method}_twin"], paired[method, "plain"]
+        wrong, parts = paired.get((method, f"{method}_wrong_teacher")), over["parts_nds"]
+        ends = [
+            f"{p[f'gain_{what}']:+.2f} ({p[low]:+.2f} to {p[high]:+.2f})"
+            for p, what, low, high in (
+                (over, "nds", "low", "high"),
+                (over, "map", "low_map", "high_map"),
+                (system, "nds", "low", "high"),
+            )
+        ]
+        moving = parts["mAVE"] + parts["mAAE"]
+        above = over["low"] > 0 and len(over["seeds"]) >= 6
+        gain = f"**{ends[0]}**" if above else ends[0]
+        shown = f"{wrong['gain_nds']:+.1f}" if wrong else "-"
+        what = f"{moving:+.2f}; {sum(parts.values()) - moving:+.2f}"
+        lines.append(f"| {steps} | {name} | {len(over['seeds'])} | {gain} | {what} | {ends[1]} | {ends[2]} | {shown} |")
+    return lines
+
+
+def test_the_readmes_gains_are_those_of_the_tables() -> None:
+    text = (REPO / "README.md").read_text()
+    for table, steps in (("long/results.json", "3000"), ("results.json", "1000")):
+        for line in gains_table(json.loads((DOCS / table).read_text()), steps):
+            assert line in text, f"README differs from docs/{table}: {line}"
