@@ -378,7 +378,7 @@ def run_cell(bench: Bench, row: Row, seed: int, teachers: Mapping[str, Path]) ->
     if row.sim_at_test:
         return score_again(bench, _folder(bench, row, seed), _trained(bench, row, seed), row.sim_at_test, facts=facts)
     run = _run(bench, "student", seed=seed)
-    run = run.with_values(model={**run.model, **row.model}, loader=replace(run.loader, **row.loader))
+    run = run.with_values(model={**run.model, **row.model}).with_settings(row.settings)
     given: dict[str, Path] = {}
     if row.method:
         method = make_method(row.method)

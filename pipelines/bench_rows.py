@@ -97,7 +97,8 @@ PRESETS: dict[str, Preset] = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One line of the table, run once a seed. twin: the row that its gain is measured against; system gains are always
-    against ``plain``. model, loader: changes of the student's and the loader's configuration. seeds: all, or the first only.
+    against ``plain``. model: changes of the student's configuration; settings: ``--set`` values of the run. seeds: all, or the
+    first only.
     sim_at_test: nothing is trained, the twin's network is scored again with its simulated map replaced (zeros | noise)."""
 
     name: str
@@ -106,7 +107,7 @@ class Row:
     method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
-    loader: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
     twin: str | None = None
     seeds: str = "all"
     frozen: bool = True
@@ -345,10 +346,23 @@ def _defects() -> list[Row]:
         Row(name=f"plain+{p}", block="defects", kind="defect", model={"parity": [p]}, twin="plain", seeds="first")
         for p in sorted(CRN_PARITY)
     ]
-    rows += [
-        Row(name=f"plain+{p}", block="defects", kind="defect", loader={"parity": (p,)}, twin="plain", seeds="first")
-        for p in LOADER_PARITY
-    ]
+    augmented = {"loader.augment.enabled": "true"}
+    rows.append(
+        Row(
+            name="plain/augmented",
+            block="defects",
+            kind="network",
+            settings=augmented,
+            twin="plain",
+            seeds="first",
+            note="what defects of the augmentation are compared with, where the preset augments nothing",
+        )
+    )
+    for name in LOADER_PARITY:
+        moved = name in ("flip:w_minus_u", "augment:rcs_vx")  # these act with augmentation only
+        settings = {**(augmented if moved else {}), "loader.parity": json.dumps([name])}
+        twin = "plain/augmented" if moved else "plain"
+        rows.append(Row(name=f"plain+{name}", block="defects", kind="defect", settings=settings, twin=twin, seeds="first"))
     return rows
 
 

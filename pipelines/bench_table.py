@@ -60,8 +60,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         "*distillation* = against the undistilled twin (same network, start, data and steps); *system* = against the "
         "plain student; *price* = a released defect against the corrected row; *over control* = the method against its "
-        "control; *network* = another student without distillation against the plain one; *at test* = a trained network "
-        "scored again with a part of it replaced. "
+        "control; *network* = another student, or training, without distillation against the plain one; *at test* = a "
+        "trained network scored again with a part of it replaced. "
         "Two 95 % intervals: paired t over seeds, and bootstrap over val scenes. *finds*: the smallest gain that a "
         "paired t finds (5 %, power 0.8) with the spread of these differences and as many seeds. *same weights*: both "
         "trainings ended bit for bit alike, so the switch never acted with this preset. *gap closed*: the gain as a share of "

@@ -56,8 +56,8 @@ class OptimConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderConfig:
     """What the stream delivers. split: rows to train on. radar_filter: none | devkit | crn. *_sweeps: newest scans used,
-    0 = all stored. intensity_from: source of a moved ``lidar_intensity``: planes | view. parity: released behaviour of CRN's
-    loader by name (docs/defects.md), in training, validation and prediction. cached_teachers: read the maps
+    0 = all stored. intensity_from: source of a moved ``lidar_intensity``: planes | view. parity: released behaviour of public
+    loaders by name (docs/defects.md), in training, validation and prediction. cached_teachers: read the maps
     that `imkd cache-teacher` stored instead of running the LiDAR teachers (augmentation must be off). on_bad_sample: stop, or
     skip (the next sample of the order takes its place). sampling: uniform |
     cbgs (every class equally often; the list of rows is saved in the run). paste: objects from other rows for LiDAR

@@ -171,7 +171,7 @@ class SampleReader:
                 self._depth(out, row, draws)
                 out["depth_views"] = len(self.cameras)
         if "radar_points" in parts:
-            out["radar"] = self._radar(rows, moves, epoch, position)
+            out["radar"] = self._radar(rows, moves, bev, epoch, position)
         pasted = None
         if self.paste is not None and epoch < self.paste.until_epoch and "boxes" in parts:
             pasted = self.paste.draw(self.cache.decode("boxes", row), seed=self.seed, epoch=epoch, position=position)
@@ -243,7 +243,7 @@ class SampleReader:
             views.append(np.full(len(moved), v))
         out["depth"] = {"uvd": np.concatenate(clouds).astype(np.float32), "view": np.concatenate(views).astype(np.int64)}
 
-    def _radar(self, rows: NDArray[np.int64], moves: Sequence[F64], epoch: int, position: int) -> Arrays:
+    def _radar(self, rows: NDArray[np.int64], moves: Sequence[F64], bev: F64, epoch: int, position: int) -> Arrays:
         request, parts = self.request, []
         decoded: dict[int, Arrays] = {}
         for t, row in enumerate(rows.tolist()):
@@ -268,6 +268,10 @@ class SampleReader:
             if "vx_comp" in columns:
                 velocity = np.stack([columns["vx_comp"], columns["vy_comp"]], axis=1)[keep].astype(np.float64)
                 part["velocity"] = (velocity @ move[:2, :2].T).astype(np.float32)
+                if "augment:rcs_vx" in request.parity:
+                    rcs = np.asarray(columns["rcs"], dtype=np.float64)[keep]
+                    place = [i for i, name in enumerate(request.radar_features) if name in ("rcs", "rcs_dbsm")]
+                    _turn_rcs_vx(part, rcs, velocity @ (np.linalg.inv(bev) @ move)[:2, :2].T, bev, place)
             parts.append(part)
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
@@ -323,6 +327,18 @@ def _rigid(matrix34: NDArray[Any]) -> F64:
     out = np.zeros((*matrix34.shape[:-1], 4, 4))
     out[..., :3, :], out[..., 3, 3] = matrix34.reshape(*matrix34.shape[:-1], 3, 4), 1.0
     return out
+
+
+def _turn_rcs_vx(part: Arrays, rcs_dbsm: F64, velocity_N2: F64, bev: F64, rcs_columns: Sequence[int]) -> None:
+    """What CRKD's released augmentation does to a radar cloud: its linear part acts on (RCS, vx), and vy is left as it was.
+    Places are those of the right velocities, which the released code had moved by before: networks here move them by what
+    ``velocity`` says, so ``xyz`` takes the difference. velocity_N2: before augmentation."""
+    turned = np.stack([rcs_dbsm, velocity_N2[:, 0]], axis=1) @ bev[:2, :2].T
+    spoiled = np.stack([turned[:, 1], velocity_N2[:, 1]], axis=1).astype(np.float32)
+    part["xyz"][:, :2] += (part["velocity"] - spoiled) * part["age"][:, None]
+    part["velocity"] = spoiled
+    for column in rcs_columns:
+        part["features"][:, column] = turned[:, 0]
 
 
 def released_frames(calibration_V34: NDArray[Any]) -> F64:

@@ -46,9 +46,16 @@ _LIDAR_COLUMNS = (*LIDAR_FEATURES, "near_m")
 # Named departures of public code that live in what a batch holds (those of CRN's network: ``CRN_PARITY``). CRN's:
 # ego_frame: each camera lifts into the ego frame of its own time, the truth stands in the mean of these frames.
 # flip: a mirrored image's geometry follows u -> W - u, its pixels W - 1 - u. depth_collision: of the points in one pixel the
-# last one stored counts, not the nearest. CRKD's: paste: LiDAR objects of other samples, which no image and no radar scan
-# shows, stand in the truth of camera-radar students too (``Run.pastes``: the trainer gives the reader its bank).
-LOADER_PARITY: tuple[str, ...] = ("depth_collision:last", "ego_frame:mean_camera", "flip:w_minus_u", "paste:students")
+# last one stored counts, not the nearest. CRKD's: augment: the BEV augmentation turns the radar's (RCS, vx) instead of
+# (vx, vy). paste: LiDAR objects of other samples, which no image and no radar scan shows, stand in the truth of camera-radar
+# students too (``Run.pastes``: the trainer gives the reader its bank).
+LOADER_PARITY: tuple[str, ...] = (
+    "depth_collision:last",
+    "ego_frame:mean_camera",
+    "flip:w_minus_u",
+    "augment:rcs_vx",
+    "paste:students",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -99,7 +99,7 @@ def test_a_twin_has_the_network_of_its_row() -> None:
     rows = {r.name: r for r in all_rows()}
     for row in rows.values():
         if row.kind == "network":
-            assert row.method is None and rows[row.twin].name == "plain" and row.model
+            assert row.method is None and rows[row.twin].name == "plain" and bool(row.model) != bool(row.settings)
         elif row.kind == "at test":
             assert row.sim_at_test and rows[row.twin].method == row.method and not row.options and not row.model
         elif row.kind in ("method", "control", "ablation"):
@@ -123,7 +123,7 @@ def test_no_run_is_made_twice_under_two_names() -> None:
         seen: dict[str, str] = {}
         for row in all_rows(preset):
             options = METHODS[row.method].make_options(row.options) if row.method else None
-            what = repr((row.method, options, row.model, row.loader, row.sim_at_test, row.sim_at_test and row.twin))
+            what = repr((row.method, options, row.model, row.settings, row.sim_at_test, row.sim_at_test and row.twin))
             assert what not in seen, f"{row.name} is {seen.get(what)}"
             seen[what] = row.name
 

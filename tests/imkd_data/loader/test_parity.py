@@ -121,6 +121,26 @@ def test_the_last_point_of_a_pixel_counts_instead_of_the_nearest(cache: MemoryCa
     assert torch.equal(a > 0, b > 0) and (b >= a).all()
 
 
+@pytest.mark.parametrize("history", [(0,), (0, -1)])
+def test_augmentation_turns_rcs_and_vx_and_leaves_vy_and_places(cache: MemoryCache, history: tuple[int, ...]) -> None:
+    """Point by point, as the released code's columns 3 and 4; where networks move a point by its velocity stays right."""
+    row = int(rows_of(cache, "train")[2])
+    strong = AugmentConfig(rotation_deg=(20.0, 20.0), flip_x=1.0, flip_y=0.0, bev_scale=(1.1, 1.1))
+    right, released = (one(cache, row, *p, augment=strong, history=history) for p in ((), ("augment:rcs_vx",)))
+    assert changed(right, released) == {"radar.xyz_m", "radar.features_NF", "radar.velocity_mps"}
+    turn = right.bev_from_ego_B44[0, :2, :2].double()
+    a, b = right.radar, released.radar
+    assert a is not None and b is not None and a.velocity_mps is not None and b.velocity_mps is not None and len(a.age_s) > 10
+    for k in range(len(a.age_s)):
+        vx, vy = torch.linalg.solve(turn, a.velocity_mps[k].double())  # before augmentation, in the current ego
+        rcs, vx_released = turn @ torch.stack([a.column("rcs_dbsm")[k].double(), vx])
+        assert b.column("rcs_dbsm")[k] == pytest.approx(float(rcs), abs=1e-4)
+        assert b.velocity_mps[k].tolist() == pytest.approx([float(vx_released), float(vy)], abs=1e-4)
+    moved = [p.xyz_m[:, :2] + p.velocity_mps * p.age_s[:, None] for p in (a, b)]
+    assert torch.allclose(*moved, atol=1e-4) and not torch.equal(a.xyz_m, b.xyz_m) and torch.equal(a.xyz_m[:, 2], b.xyz_m[:, 2])
+    assert not changed(one(cache, row), one(cache, row, "augment:rcs_vx"))  # nothing to do without augmentation
+
+
 def test_unknown_names_are_refused_by_stream_and_run(cache: MemoryCache) -> None:
     with pytest.raises(UsageError, match=r"loader\.parity"):
         one(cache, int(rows_of(cache, "train")[0]), "flip:other")
