@@ -327,10 +327,13 @@ def _maps_of(row: Row) -> dict[str, tuple[str, ...]]:
     from imkd_models.distill.crkd import ALTER_TEACHER
     from pipelines.cache_teacher import stored_maps
 
-    if not row.method or ALTER_TEACHER & {*row.options.get("defects", ())}:
+    if not row.method:
         return {}
     method = make_method(row.method)
-    needs = method.needs_for(method.make_options(row.options)).teachers
+    options = method.make_options(row.options)
+    if ALTER_TEACHER & {*getattr(options, "defects", ())}:
+        return {}
+    needs = method.needs_for(options).teachers
     return {name: stored_maps(features) for name, features in needs.items() if name != "label"}
 
 

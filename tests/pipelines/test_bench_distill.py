@@ -223,6 +223,7 @@ def test_rows_whose_teacher_is_altered_read_no_stored_maps() -> None:
     rows = {r.name: r for r in all_rows("long")}
     for name, reads in (("", True), ("+teacher_backbone_reset", False), ("+half_points", False), ("+divide_by_batch", True)):
         assert bool(bench._maps_of(rows[f"crkd{name}"])) == reads
+    assert not bench._maps_of(with_tries([], ["crkd:defects=half_points"])[-1])
     assert not bench._maps_of(rows["crkd+teacher_batch_statistics"]) and not bench._maps_of(rows["dual_distill_twin"])
 
 
