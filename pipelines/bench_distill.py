@@ -387,7 +387,7 @@ def run_cell(bench: Bench, row: Row, seed: int, teachers: Mapping[str, Path]) ->
         method = make_method(row.method)
         given = {n: teachers[n] for n in method.teachers_for(method.make_options(row.options))}
         run = run.with_method(row.method).with_values(options=dict(row.options))
-        if bench.stored is not None and _maps_of(row) and not run.pastes:
+        if bench.stored is not None and _maps_of(row):
             run = run.with_values(loader=replace(run.loader, cached_teachers=True))
     return train_and_score(bench, _folder(bench, row, seed), run, given, facts=facts)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from imkd_data.errors import InputDataError, MissingFeatureError
 from imkd_data.loader.augment import ImageDraw, draw_bev, draw_images, draw_radar, move_boxes
 from imkd_data.loader.paste import Pasted, Paster
+from imkd_data.loader.released import released_frames, turn_rcs_vx
 from imkd_data.loader.request import LIDAR_FEATURES, PARTS, PLANES, RADAR_FILTERS, StreamRequest
 from imkd_data.loader.rows import read_rows
 
@@ -214,7 +215,8 @@ class SampleReader:
                 pose[t, v] = moves[t] @ _rigid(calibration[place, 9:21])
         if "ego_frame:mean_camera" in parity:
             bev, places = moves[0], [place for _, place in self.cameras]
-            shift = released_frames(self.cache.read("camera_calibration", int(rows[0]))[places])
+            key = self.cache.read("camera_calibration", int(rows[0]))[places]
+            shift = released_frames(_rigid(key[:, 9:21]), _rigid(key[:, 21:33]))
             pose = bev @ shift @ np.linalg.inv(bev) @ pose
         out["images"], out["image_from_camera"], out["bev_from_camera"] = images, intrinsic, pose
 
@@ -271,7 +273,7 @@ class SampleReader:
                 if "augment:rcs_vx" in request.parity:
                     rcs = np.asarray(columns["rcs"], dtype=np.float64)[keep]
                     place = [i for i, name in enumerate(request.radar_features) if name in ("rcs", "rcs_dbsm")]
-                    _turn_rcs_vx(part, rcs, velocity @ (np.linalg.inv(bev) @ move)[:2, :2].T, bev, place)
+                    turn_rcs_vx(part, rcs, velocity @ (np.linalg.inv(bev) @ move)[:2, :2].T, bev, place)
             parts.append(part)
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
@@ -327,29 +329,6 @@ def _rigid(matrix34: NDArray[Any]) -> F64:
     out = np.zeros((*matrix34.shape[:-1], 4, 4))
     out[..., :3, :], out[..., 3, 3] = matrix34.reshape(*matrix34.shape[:-1], 3, 4), 1.0
     return out
-
-
-def _turn_rcs_vx(part: Arrays, rcs_dbsm: F64, velocity_N2: F64, bev: F64, rcs_columns: Sequence[int]) -> None:
-    """What CRKD's released augmentation does to a radar cloud: its linear part acts on (RCS, vx), and vy is left as it was.
-    Places are those of the right velocities, which the released code had moved by before: networks here move them by what
-    ``velocity`` says, so ``xyz`` takes the difference. velocity_N2: before augmentation."""
-    turned = np.stack([rcs_dbsm, velocity_N2[:, 0]], axis=1) @ bev[:2, :2].T
-    spoiled = np.stack([turned[:, 1], velocity_N2[:, 1]], axis=1).astype(np.float32)
-    part["xyz"][:, :2] += (part["velocity"] - spoiled) * part["age"][:, None]
-    part["velocity"] = spoiled
-    for column in rcs_columns:
-        part["features"][:, column] = turned[:, 0]
-
-
-def released_frames(calibration_V34: NDArray[Any]) -> F64:
-    """(V, 4, 4): what CRN's released frames do to places in ego. A place that a camera saw is left in the ego frame of that
-    camera's own time, and the truth is moved to the mean of these frames; here the truth stays and the places move."""
-    own = _rigid(calibration_V34[:, 9:21]) @ np.linalg.inv(_rigid(calibration_V34[:, 21:33]))  # ego from ego at its own time
-    mean: F64 = own.mean(0)
-    u, _, vt = np.linalg.svd(mean[:3, :3])
-    mean[:3, :3] = u @ vt  # the nearest rotation
-    shift: F64 = mean @ np.linalg.inv(own)
-    return shift
 
 
 def _near_m(points: Arrays) -> NDArray[np.float32]:
