@@ -23,7 +23,7 @@ from imkd_data import open_cache
 from imkd_data.errors import ImkdError, MismatchError, UsageError
 from imkd_models.distill import METHODS
 from pipelines.bench_ablations import ABLATIONS
-from pipelines.bench_report import _costs, _parts_nds, admission_test
+from pipelines.bench_report import _costs, _parts_nds, _reads_stored, admission_test
 from pipelines.bench_rows import BLOCKS, PRESETS, PUBLISHED_GAIN_NDS, Row, all_rows, rows_of, with_tries
 from pipelines.bench_statistics import holm, smallest_detectable
 from pipelines.bench_world import store_teachers
@@ -224,6 +224,9 @@ def test_rows_whose_teacher_is_altered_read_no_stored_maps() -> None:
     for name, reads in (("", True), ("+teacher_backbone_reset", False), ("+half_points", False), ("+divide_by_batch", True)):
         assert bool(bench._maps_of(rows[f"crkd{name}"])) == reads
     assert not bench._maps_of(with_tries([], ["crkd:defects=half_points"])[-1])
+    for method, options, marked in (("dual_distill", {}, True), ("dual_distill", METHODS["dual_distill"].twin_options, False)):
+        run = {"method": method, "options": dict(options), "loader": {"cached_teachers": True}}
+        assert _reads_stored({"asked": {"run": run}}) == marked
     assert not bench._maps_of(rows["crkd+teacher_batch_statistics"]) and not bench._maps_of(rows["dual_distill_twin"])
 
 
@@ -359,7 +362,7 @@ def test_a_benchmark_with_independent_materials_stands_beside(fake: dict[str, An
 def test_further_seeds_of_the_plain_student_alone_do_not_count_for_what_is_found(fake: dict[str, Any]) -> None:
     rows = ("plain", "camera_only", "radar_only", "imkd")
     three = _run(fake, seeds=(0, 1, 2), rows=rows)["spread"]
-    assert three["seeds"] == three["seeds_compared"] == 3
+    assert three["seeds"] == three["seeds_compared"] == 3 and three["compared_rows"] == "begun"
     _run(fake, seeds=tuple(range(10)), rows=("plain",))
     more = _run(fake, seeds=(0, 1, 2), rows=rows)["spread"]
     assert more["seeds"] == 10 and more["seeds_compared"] == 3
