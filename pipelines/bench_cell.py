@@ -16,7 +16,7 @@ import numpy as np
 
 from imkd_data.errors import MismatchError, StorageError
 from imkd_data.recipe import canonical_json
-from pipelines.bench_rows import Preset
+from pipelines.bench_presets import Preset
 from pipelines.bench_world import write_json
 from pipelines.device import device_of
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from imkd_data.errors import MismatchError, SourceMissingError, UsageError
 from imkd_data.world import world_options
 from pipelines.bench_cell import Bench, score_again, train_and_score
-from pipelines.bench_rows import PRESETS, Row, all_rows, rows_of, with_tries
+from pipelines.bench_presets import PRESETS
+from pipelines.bench_rows import Row, all_rows, rows_of, with_tries
 from pipelines.bench_world import make_cache, make_world, store_teachers, write_json
 from pipelines.device import device_of
 

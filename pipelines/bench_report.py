@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.bench_rows import PUBLISHED_GAIN_NDS, all_rows
+from pipelines.bench_presets import PUBLISHED_GAIN_NDS
+from pipelines.bench_rows import all_rows
 from pipelines.bench_statistics import F64, SceneMatches, holm, paired_t, scene_bootstrap, scene_draws, smallest_detectable
 from pipelines.bench_table import markdown
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imkd_data.errors import MismatchError
-from pipelines.bench_rows import Preset
+from pipelines.bench_presets import Preset
 
 if TYPE_CHECKING:
     from imkd_data.cache.store import Cache

@@ -18,13 +18,14 @@ from torch import nn
 
 import pipelines.bench_cell as cell
 import pipelines.bench_distill as bench
-import pipelines.bench_rows as bench_rows
+import pipelines.bench_presets as bench_presets
 from imkd_data import open_cache
 from imkd_data.errors import ImkdError, MismatchError, UsageError
 from imkd_models.distill import METHODS
 from pipelines.bench_ablations import ABLATIONS
+from pipelines.bench_presets import PRESETS, PUBLISHED_GAIN_NDS
 from pipelines.bench_report import _costs, _parts_nds, _reads_stored, admission_test
-from pipelines.bench_rows import BLOCKS, PRESETS, PUBLISHED_GAIN_NDS, Row, all_rows, rows_of, with_tries
+from pipelines.bench_rows import BLOCKS, Row, all_rows, rows_of, with_tries
 from pipelines.bench_statistics import holm, smallest_detectable
 from pipelines.bench_world import store_teachers
 
@@ -490,7 +491,7 @@ def test_an_ablation_that_is_the_method_itself_is_left_out(monkeypatch: pytest.M
         (0.0, "crkd/F3_velocity", "crkd/F3_no_velocity"),
         (1.0, "crkd/F3_no_velocity", "crkd/F3_velocity"),
     ):
-        monkeypatch.setitem(bench_rows.WEIGHTS, "tiny", {"crkd": {"velocity_weight": value}})
+        monkeypatch.setitem(bench_presets.WEIGHTS, "tiny", {"crkd": {"velocity_weight": value}})
         names = {r.name for r in all_rows("tiny")}
         assert left in names and out not in names
     assert "imkd/14_from_view" not in names and "imkd/14_from_view" in {r.name for r in all_rows("small")}
@@ -499,7 +500,7 @@ def test_an_ablation_that_is_the_method_itself_is_left_out(monkeypatch: pytest.M
 
 def test_frozen_weights_are_below_the_options_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     frozen = {"imkd": {"lambda_resp": 0.5, "lambda_l2m": 0.125}, "crkd": {"lambda_fused": 2.0}}
-    monkeypatch.setitem(bench_rows.WEIGHTS, "tiny", frozen)
+    monkeypatch.setitem(bench_presets.WEIGHTS, "tiny", frozen)
     rows = {r.name: dict(r.options) for r in all_rows("tiny")}
     assert rows["imkd"] == frozen["imkd"] and rows["imkd/default_weights"] == {}
     assert rows["imkd_occupancy"] == {**frozen["imkd"], "intensity_control": "occupancy"}
