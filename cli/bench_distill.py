@@ -55,7 +55,13 @@ def _names(text: str | None) -> tuple[str, ...]:
 )
 @click.option("--accelerator", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--devices", default=1, show_default=True, type=click.IntRange(min=1), help="Devices of every training.")
-@click.option("--engine", default="devkit", show_default=True, type=click.Choice(["devkit", "fast"]))
+@click.option(
+    "--engine",
+    default="devkit",
+    show_default=True,
+    type=click.Choice(["devkit", "fast", "none"]),
+    help="none: only predict; the same command with an engine scores what is there, also on another machine.",
+)
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Processes that write the world.")
 @click.option("--steps", "steps", multiple=True, metavar="NETWORK=N", help="lidar, label, fusion or student.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Setting of every run.")

@@ -343,16 +343,33 @@ def show(name: str, method: str | None, settings: tuple[str, ...]) -> None:
 @group.command()
 @click.option("--json", "as_json", is_flag=True, help="One object a line, with every option.")
 def methods(as_json: bool) -> None:
-    """The distillation methods, their teachers and options."""
+    """The distillation methods: what each needs, its twin and its options (`--json`: with choices and bounds)."""
     from imkd_models.distill import METHODS
 
     for name, method in METHODS.items():
         if as_json:
             out_json({"v": 1, **method.as_dict()})
             continue
-        click.echo(f"{name:<18}{method.summary}")
-        teachers = " ".join(f"--teacher {t}=CKPT" for t in method.teachers)
-        click.echo(f"{'':<18}{teachers or 'no teacher'}; options: {', '.join(o['name'] for o in method.options.describe())}")
+        click.echo(f"{name}: {method.title}\n  {method.summary}")
+        for line in _needs_lines(method):
+            click.echo(f"  {line}")
+        for option in method.options.describe():
+            default = option["default"]
+            value = ("on" if default else "off") if isinstance(default, bool) else json.dumps(default)
+            click.echo(f"    --set {option['name'] + '=' + value:<34} {option['doc']}")
+
+
+def _needs_lines(method: Any) -> list[str]:
+    """What a method reads under its default options, for people."""
+    teachers = [f"--teacher {name}=CKPT ({', '.join(features)})" for name, features in method.needs.of_teachers.items()]
+    changes = ", ".join(f"{key}={value}" for key, value in method.student_changes.items())
+    return [
+        f"teachers: {'; '.join(teachers) or 'none'}",
+        f"student: {', '.join(method.needs.student)}{f'; built with {changes}' if changes else ''}",
+        f"batch: {', '.join(method.needs.batch)}",
+        f"undistilled twin: {method.twin}",
+        *([f"presets: {', '.join(method.presets)}"] if method.presets else []),
+    ]
 
 
 for _command in (*COMMANDS, *SHOW):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +20,7 @@ from imkd_data.recipe import canonical_json
 from pipelines.bench_presets import Preset
 from pipelines.bench_world import write_json
 from pipelines.device import device_of
+from pipelines.resumable import FREE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
     from pipelines.run import Run
 
-__all__ = ["Bench", "score_again", "train_and_score"]
+__all__ = ["Bench", "score_again", "settings_of", "train_and_score"]
 
 ERRORS = {"trans_err": "mATE", "scale_err": "mASE", "orient_err": "mAOE", "vel_err": "mAVE", "attr_err": "mAAE"}
 RINGS_M = ((0.0, 20.0), (20.0, 30.0), (30.0, 50.0))
@@ -39,7 +41,7 @@ class Bench:
     world: Path
     cache: Cache
     accelerator: str
-    engine: Any
+    engine: Any  # None: predictions are kept, to be scored later
     tell: Callable[[str], None]
     steps: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -73,7 +75,8 @@ def train_and_score(
     from pipelines.forecast import counted_memory
 
     weights = {n: _weights_sha256(p) for n, p in teachers.items()}
-    asked = {"run": {**run.as_dict(), "summary": ""}, "cache": bench.cache.id, "teachers": weights}
+    start = _weights_sha256(Path(run.start)) if run.start else ""
+    asked = {"run": {**run.as_dict(), "summary": "", "start": start}, "cache": bench.cache.id, "teachers": weights}
     cache = bench.stored if bench.stored is not None and run.loader.cached_teachers else bench.cache
     identity = sha256(canonical_json(asked)).hexdigest()
     done = folder / "score.json"
@@ -87,6 +90,11 @@ def train_and_score(
                 file=str(done),
                 next="use another --out, or delete this run's folder",
             )
+        if not score.get("to_score") or not bench.engine:
+            return score
+        del score["to_score"]
+        score |= _score(bench, folder / "train" / "last.ckpt", folder, predicted=True)
+        write_json(done, score)
         return score
     length = f"{run.max_steps} steps" if run.max_steps else f"{run.epochs} epochs"
     bench.tell(f"{facts['row']} seed {facts['seed']}: training {length}")
@@ -117,10 +125,11 @@ def train_and_score(
         "preset": bench.preset.name,
         "cost": cost,
         "versions": _versions(),
+        "made_by": {"code": _code_sha256(), "processor": _processor(bench.device)},
     }
     if run.model.get("kind") != "label":
-        score |= _score(bench, checkpoint, folder)
-    if facts["kind"] in ("method", "control"):
+        score |= _score(bench, checkpoint, folder) if bench.engine else _predicted(bench, checkpoint, folder)
+    if facts["kind"] in ("method", "control") or (run.start and teachers):
         from pipelines.bench_probe import probe_terms
 
         score["probe"] = probe_terms(run, cache, checkpoint, teachers, device=bench.device)
@@ -153,6 +162,37 @@ def score_again(bench: Bench, folder: Path, trained: Path, sim_at_test: str, *, 
     score |= _score(bench, checkpoint, folder, change=lambda model: lose_simulated(model, sim_at_test))
     write_json(done, score)
     return score
+
+
+def settings_of(score: Mapping[str, Any]) -> dict[str, Any]:
+    """What all runs of one table share: of a finished run's settings, today's form, those that neither row nor seed decide."""
+    run = json.loads(_completed({**score["asked"], "teachers": {}}))["run"]
+    own = ("name", "summary", "seed", "model", "method", "options", "start", "loader", "optim")
+    kept = {k: v for k, v in run.items() if k not in own and (k not in FREE or k in ("max_steps", "epochs", "batch_size"))}
+    by_row = {"loader": ("parity", "augment", "cached_teachers"), "optim": ("lr",) if run["start"] else ()}
+    parts = {f"{part}.{k}": v for part, own in by_row.items() for k, v in run[part].items() if k not in own}
+    return {"cache": score["asked"]["cache"], **kept, **parts}
+
+
+def _code_sha256() -> str:
+    """Of every module of this program: two runs that are compared should come of the same code."""
+    top, digest = Path(__file__).parents[1], sha256()
+    for path in sorted(p for room in ("imkd_data", "imkd_models", "pipelines") for p in (top / room).rglob("*.py")):
+        digest.update(path.relative_to(top).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _processor(device: str) -> str:
+    """Name of the card, or of the processor: weights repeat bit for bit on one, not from one to another."""
+    import platform
+
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _completed(asked: Mapping[str, Any]) -> bytes:
@@ -200,19 +240,37 @@ def _train(bench: Bench, run: Run, cache: Cache, out: Path, teachers: Mapping[st
     return {k: v for k, v in last.items() if k == "loss" or k.startswith(("det_", "depth"))}
 
 
-def _score(bench: Bench, checkpoint: Path, folder: Path, change: Callable[[nn.Module], None] | None = None) -> dict[str, Any]:
+def _predicted(bench: Bench, checkpoint: Path, folder: Path) -> dict[str, Any]:
+    """Predictions of the val rows, ``eval/results.json``, which the same command with an engine scores, here or elsewhere."""
+    from pipelines.evaluate import predict_checkpoint
+
+    bench.tell(f"{folder.parent.name} {folder.name}: predicting")
+    predict_checkpoint(checkpoint, bench.cache, folder / "eval", **bench.scored, device=bench.device, batch_size=2)
+    return {"to_score": True}
+
+
+def _score(
+    bench: Bench,
+    checkpoint: Path,
+    folder: Path,
+    change: Callable[[nn.Module], None] | None = None,
+    *,
+    predicted: bool = False,
+) -> dict[str, Any]:
     """Official metrics of the val rows, mAP by range ring, and the matches that the scene bootstrap reads. ``change``: done to
-    the network first."""
+    the network first. predicted: by ``_predicted``, before."""
     from pipelines.bench_statistics import SceneMatches
-    from pipelines.evaluate import ego_places, evaluate_checkpoint, read_tables, scored_rows
+    from pipelines.evaluate import ego_places, predict_checkpoint, read_tables, score_checkpoint, scored_rows
     from pipelines.evaluate_fast import CONFIG, fast_metrics, filter_table, occurring_mean
     from pipelines.evaluate_tables import truth_counts
 
     out = folder / "eval"
     bench.tell(f"{folder.parent.name} {folder.name}: scoring")
     which = bench.scored
-    summary = evaluate_checkpoint(
-        checkpoint, bench.cache, bench.world, out, bench.engine, **which, device=bench.device, batch_size=2, change=change
+    if not predicted:
+        predict_checkpoint(checkpoint, bench.cache, out, **which, device=bench.device, batch_size=2, change=change)
+    summary = score_checkpoint(
+        checkpoint, bench.cache, bench.world, out, bench.engine, **which, keep=change is None, results=out / "results.json"
     )
     rows = scored_rows(bench.cache, **which)
     tables = read_tables(
@@ -265,6 +323,11 @@ def _seconds_per_step(folder: Path, batch: int) -> float | None:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import version
+    """Of the packages that scores depend on; the devkit may be missing where only the fast engine or none scores."""
+    from importlib.metadata import PackageNotFoundError, version
 
-    return {name: version(name) for name in ("imkd", "torch", "numpy", "nuscenes-devkit")}
+    found = {}
+    for name in ("imkd", "torch", "numpy", "nuscenes-devkit"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -93,7 +93,7 @@ def bench_distill(
         MismatchError: ``out`` was begun with other settings, ``world`` with other materials. SourceMissingError: no ``world``.
     """
     from imkd_data import open_cache
-    from pipelines.bench_report import write_report
+    from pipelines.bench_report import SCENE_DRAWS, write_report
 
     if preset not in PRESETS:
         raise UsageError(f"no benchmark preset {preset!r}", expected=", ".join(PRESETS), found=preset)
@@ -103,6 +103,12 @@ def bench_distill(
             "settings are tried on train scenes only", expected="--held-in N", found="val scenes", rule="bench.tuning"
         )
     must_pass = chosen.admission and not held_in if admission is None else admission
+    if engine == "none" and must_pass:
+        raise UsageError(
+            "whether world and preset may be used is judged on scores, and --engine none makes none",
+            rule="bench.admission",
+            next="add --no-admission; the same command with an engine scores what was predicted, and says whether they pass",
+        )
     root, plan = Path(out), with_tries(rows_of(tuple(blocks), tuple(methods), tuple(rows), preset), tries)
     plan = _with_baselines(plan, preset) if must_pass else plan
     state = {"done": 0, "total": 0}
@@ -147,7 +153,7 @@ def bench_distill(
         world=tree,
         cache=opened,
         accelerator=accelerator,
-        engine=engine,
+        engine=None if engine == "none" else engine,
         tell=tell,
         steps={**chosen.steps, **(steps or {})},
         settings={**chosen.settings, **(settings or {})},
@@ -175,8 +181,12 @@ def bench_distill(
         if fresh and max_runs is not None and new >= max_runs:
             tell(f"stopped after {new} new runs; the same command continues")
             break
-        if row.sim_at_test and not (_trained(bench, row, seed) / "score.json").is_file():
-            tell(f"{row.name} seed {seed}: {row.twin} is not finished yet; the same command scores it then")
+        if row.sim_at_test and bench.engine is None:
+            tell(f"{row.name} seed {seed}: only scored, so it waits for an engine")
+            continue
+        first = row.twin if row.sim_at_test else row.start
+        if first and not (_run_folder(bench, first, seed) / "score.json").is_file():
+            tell(f"{row.name} seed {seed}: {first} is not finished yet; the same command runs it then")
             continue
         with _held(_folder(bench, row, seed), wait=False) as mine:
             if not mine:
@@ -188,7 +198,7 @@ def bench_distill(
         state["done"] += 1
         tell(f"{row.name} seed {seed}: done")
     remember()
-    return write_report(root, docs)
+    return write_report(root, docs, draws=SCENE_DRAWS if chosen.real else None)  # one seed of these is days: scenes tell most
 
 
 def _check_world(tree: Path, materials: str | None) -> None:
@@ -298,6 +308,9 @@ def _teachers(bench: Bench, plan: Sequence[Row], borrowed: Path | None) -> dict[
             made[name] = _borrow(borrowed / "teachers" / name, folder)
             continue
         given = {"lidar": made["lidar"]} if name == "label" else {}
+        if (folder / "score.json").is_file() and not (folder / "train" / "last.ckpt").exists():  # only its score was borrowed
+            bench.tell(f"teacher {name}: borrowed before, trained here now; --teachers OUT borrows it again")
+            (folder / "score.json").unlink()
         run = _run(bench, name, seed=0)
         facts = {"row": f"teacher_{name}", "kind": "teacher", "seed": 0, "twin": None}
         with _held(folder, wait=True):
@@ -365,12 +378,11 @@ def _run(bench: Bench, network: str, *, seed: int) -> Run:
 
 
 def _folder(bench: Bench, row: Row, seed: int) -> Path:
-    return bench.out / "runs" / row.name / f"seed{seed}"
+    return _run_folder(bench, row.name, seed)
 
 
-def _trained(bench: Bench, row: Row, seed: int) -> Path:
-    """Folder of the run whose network a row at test scores again: its twin's."""
-    return bench.out / "runs" / str(row.twin) / f"seed{seed}"
+def _run_folder(bench: Bench, name: str, seed: int) -> Path:
+    return bench.out / "runs" / name / f"seed{seed}"
 
 
 def run_cell(bench: Bench, row: Row, seed: int, teachers: Mapping[str, Path]) -> dict[str, Any]:
@@ -380,9 +392,13 @@ def run_cell(bench: Bench, row: Row, seed: int, teachers: Mapping[str, Path]) ->
 
     facts = {f: getattr(row, f) for f in ("kind", "block", "method", "twin", "note")} | {"row": row.name, "seed": seed}
     if row.sim_at_test:
-        return score_again(bench, _folder(bench, row, seed), _trained(bench, row, seed), row.sim_at_test, facts=facts)
+        trained = _run_folder(bench, str(row.twin), seed)
+        return score_again(bench, _folder(bench, row, seed), trained, row.sim_at_test, facts=facts)
     run = _run(bench, "student", seed=seed)
     run = run.with_values(model={**run.model, **row.model}).with_settings(row.settings)
+    if row.start:
+        begun = _run_folder(bench, row.start, seed) / "train" / "last.ckpt"
+        run = run.with_values(start=str(begun), optim=replace(run.optim, lr=run.optim.lr * row.lr_factor))
     given: dict[str, Path] = {}
     if row.method:
         method = make_method(row.method)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,11 +19,12 @@ from pipelines.bench_rows import all_rows
 from pipelines.bench_statistics import F64, SceneMatches, holm, paired_t, scene_bootstrap, scene_draws, smallest_detectable
 from pipelines.bench_table import markdown
 
-__all__ = ["admission_test", "write_report"]
+__all__ = ["SCENE_DRAWS", "admission_test", "write_report"]
 
 Score = Mapping[str, Any]
 MIN_TEACHER_GAP, PLAIN_RANGE, MAX_DETECTABLE = 8.0, (25.0, 65.0), 2.0
 MIN_SEEDS = 6
+SCENE_DRAWS = 400
 
 
 def _by_row(scores: Sequence[Score]) -> dict[str, dict[int, Score]]:
@@ -126,6 +127,32 @@ def _unfit(rows: Mapping[str, Mapping[int, Score]], admission: Mapping[str, Any]
     if len(rows.get("plain", {})) >= MIN_SEEDS and not spread["fine_enough"]:
         out.append(f"the smallest detectable gain, by the plain student's spread, is above {MAX_DETECTABLE:g} NDS")
     return out
+
+
+def _mixed(rows: Mapping[str, Mapping[int, Score]]) -> list[str]:
+    """Where runs that are compared differ in more than row and seed: settings (steps, batch, precision, cache, ...), or the
+    code or processor that made them, where both say."""
+    from pipelines.bench_cell import settings_of
+
+    runs = [s for seeds in rows.values() for s in seeds.values() if s["kind"] not in ("teacher", "at test")]
+    settled = [(s, settings_of(s)) for s in runs if "run" in s.get("asked", {})]
+    out = []
+    for key in sorted({k for _, settings in settled for k in settings}):
+        out += _differing(key, [(s, json.dumps(settings[key])) for s, settings in settled if key in settings])
+    for key in ("code", "processor"):
+        out += _differing(key, [(s, str(s["made_by"][key])) for s in runs if s.get("made_by")])
+    return out
+
+
+def _differing(key: str, found: Sequence[tuple[Score, str]]) -> list[str]:
+    """One line for a key that has several values: who has each but the commonest."""
+    values = Counter(value for _, value in found)
+    if len(values) < 2:
+        return []
+    usual = values.most_common(1)[0][0]
+    named = [f"{s['row']} seed {s['seed']}" for s, value in found if value != usual]
+    more = f" and {len(named) - 4} more" if len(named) > 4 else ""
+    return [f"{key} of {', '.join(named[:4])}{more} is not that of the other runs"]
 
 
 def _draws_by_run(scores: Sequence[Score], draws: int) -> dict[tuple[str, int], F64]:
@@ -263,14 +290,17 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
     robustness table in ``out/robustness`` is appended, and so are the gains of a benchmark in ``out/independent`` (the same
     with ``--materials independent``).
 
-    draws: of the scene bootstrap; default 400 where ``docs`` is given, else none (it takes seconds a row).
+    draws: of the scene bootstrap; default ``SCENE_DRAWS`` where ``docs`` is given, else none (it takes seconds a row). A row is
+    compared with the twin that it has in today's plan, whatever it had when it was run; tried settings keep theirs.
     """
     from pipelines.bench_distill import read_scores
 
-    place = {row.name: i for i, row in enumerate(all_rows())}  # teachers first, then the order of the plan
+    plan = {row.name: row for row in all_rows()}
+    place = {name: i for i, name in enumerate(plan)}  # teachers first, then the order of the plan
     scores = sorted(read_scores(out), key=lambda s: (place.get(s["row"], -1), s["row"], s["seed"]))
+    scores = [{**s, "twin": plan[s["row"]].twin} if s["row"] in plan else s for s in scores]
     rows = _by_row(scores)
-    count = draws if draws is not None else (400 if docs is not None else 0)
+    count = draws if draws is not None else (SCENE_DRAWS if docs is not None else 0)
     drawn = _draws_by_run(scores, count)
     admission, spread = admission_test(scores), _spread(rows)
     paired = []
@@ -304,6 +334,7 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
         "admission": admission,
         "spread": spread,
         "unfit": _unfit(rows, admission, spread),
+        "mixed": _mixed(rows),
         "unfinished": _unfinished(rows),
         "rows": [
             {
@@ -311,8 +342,8 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
                 "kind": s["kind"],
                 "twin": s.get("twin"),
                 "seed": s["seed"],
-                "nds": round(s["nds"], 3),
-                "map": round(s["map"], 3),
+                "nds": _number(s["nds"]),
+                "map": _number(s["map"]),
                 "errors": {k: _number(v) for k, v in s["errors"].items()},
                 "map_by_range": [_number(r["map"]) for r in s["map_by_range"]],
                 "steps": s["steps"],

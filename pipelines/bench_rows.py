@@ -8,7 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from imkd_data.errors import UsageError
-from pipelines.bench_ablations import ABLATIONS, SIM_AT_TEST, STUDENT_ABLATIONS
+from pipelines.bench_ablations import (
+    ABLATIONS,
+    CONTINUED,
+    CONTINUED_FROM,
+    OWN_WEIGHTS,
+    SIM_AT_TEST,
+    STUDENT_ABLATIONS,
+)
 from pipelines.bench_presets import PRESETS, PUBLISHED_GAIN_NDS, WEIGHTS
 
 __all__ = ["BLOCKS", "Row", "all_rows", "rows_of", "undistilled", "with_tries"]
@@ -21,7 +28,8 @@ class Row:
     """One line of the table, run once a seed. twin: the row that its gain is measured against; system gains are always
     against ``plain``. model: changes of the student's configuration; settings: ``--set`` values of the run. seeds: all, or the
     first only.
-    sim_at_test: nothing is trained, the twin's network is scored again with its simulated map replaced (zeros | noise)."""
+    sim_at_test: nothing is trained, the twin's network is scored again with its simulated map replaced (zeros | noise).
+    start: the row whose trained network of the same seed this one goes on from; lr_factor: times the run's learning rate."""
 
     name: str
     block: str
@@ -34,6 +42,8 @@ class Row:
     seeds: str = "all"
     frozen: bool = True
     sim_at_test: str = ""
+    start: str = ""
+    lr_factor: float = 1.0
     note: str = ""
 
 
@@ -152,6 +162,7 @@ def _ablations() -> list[Row]:
             method=method,
             options=options,
             seeds="first",
+            frozen=f"{method}/{name}" not in OWN_WEIGHTS,
         )
         for method, rows in ABLATIONS.items()
         for name, options in rows.items()
@@ -191,7 +202,32 @@ def _ablations() -> list[Row]:
         )
         for name, (twin, becomes) in SIM_AT_TEST.items()
     ]
-    return [*weights, *switches, *students, fuser, *tested]
+    return [*weights, *switches, *students, fuser, *tested, *_continued()]
+
+
+def _continued() -> list[Row]:
+    """CRKD's schedule: a student trained without distillation, and what goes on from it (``CONTINUED``)."""
+    begun = undistilled("crkd", CONTINUED_FROM, "ablations")
+    begun = replace(begun, frozen=False, note="A2 of the paper's table, from which its other rows go on")
+    return [
+        begun,
+        *(
+            Row(
+                name=f"crkd/{name}",
+                kind="twin" if control is None else "ablation",
+                options=options,
+                twin=None if control is None else f"crkd/{control}",
+                frozen=control is not None,
+                note=f"{name.removeprefix('continued_')} of the paper's table",
+                block="ablations",
+                method="crkd",
+                seeds="first",
+                start=begun.name,
+                lr_factor=0.5,
+            )
+            for name, (options, control) in CONTINUED.items()
+        ),
+    ]
 
 
 def _with_twins(rows: Sequence[Row]) -> list[Row]:
@@ -306,7 +342,7 @@ def all_rows(preset: str = "tiny") -> list[Row]:
     unmoved = PRESETS[preset].settings.get("loader.augment.enabled") == "false"  # then view and planes hold the same
 
     def repeats(row: Row) -> bool:
-        if row.method is None or row.kind != "ablation" or row.model:
+        if row.method is None or row.kind != "ablation" or row.model or row.start:
             return False
         view = unmoved and row.options.get("intensity_from") == "view"
         return view or METHODS[row.method].make_options(row.options) == own[row.method]
@@ -344,10 +380,11 @@ def rows_of(
             )
         wanted = dict.fromkeys(names)
         for name in names:
-            twin = by_name[name].twin
-            while twin:
-                wanted.setdefault(twin)
-                twin = by_name[twin].twin
+            above = [name]
+            while above:
+                row = by_name[above.pop()]
+                wanted.setdefault(row.name)
+                above += [r for r in (row.twin, row.start) if r]
         return [r for r in rows if r.name in wanted or r.name == "plain"]
     plan = [r for r in rows if r.block in blocks and (not methods or r.method is None or r.method in methods)]
     scored_again = {r.twin for r in plan if r.sim_at_test} - {r.name for r in plan}

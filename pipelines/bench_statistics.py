@@ -95,8 +95,8 @@ def paired_t(a: Sequence[float], b: Sequence[float]) -> PairedResult:
     if spread == 0:
         p = 1.0 if mean == 0 else 0.0
     else:
-        p = 2 * (1 - t_cdf(abs(mean) / (spread / math.sqrt(n)), n - 1))
-    return PairedResult(mean=mean, low=mean - half, high=mean + half, p=min(1.0, p), seeds=n, spread=spread)
+        p = min(2 * (1 - t_cdf(abs(mean) / (spread / math.sqrt(n)), n - 1)), 1.0)  # NaN stays NaN
+    return PairedResult(mean=mean, low=mean - half, high=mean + half, p=p, seeds=n, spread=spread)
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:

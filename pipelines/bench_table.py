@@ -34,6 +34,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         _where(report),
         "",
         *([f"**No claim is made from this table:** {'; '.join(report['unfit'])}.", ""] if report["unfit"] else []),
+        *([f"**Runs that differ in more than row and seed:** {'; '.join(report['mixed'])}.", ""] if report["mixed"] else []),
         *([f"**Unfinished, no claim is made from them:** {'; '.join(report['unfinished'])}."] if report["unfinished"] else []),
         "",
         "```",

@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 
     from imkd_data.cache.store import Cache
 
-__all__ = ["METRICS_FILE", "check_sample_sets", "evaluate_checkpoint", "evaluate_results", "scored_rows", "write_metrics"]
+__all__ = [
+    "METRICS_FILE",
+    "check_sample_sets",
+    "evaluate_checkpoint",
+    "evaluate_results",
+    "predict_checkpoint",
+    "score_checkpoint",
+    "scored_rows",
+    "write_metrics",
+]
 
 Engine = Literal["devkit", "fast"]
 METRICS_FILE = "metrics_summary.json"
@@ -293,29 +302,70 @@ def evaluate_checkpoint(
     first: what is scored then is not the checkpoint, whose ``scores.json`` stays. ``progress(done, total)``: called per batch.
     """
     from imkd_data import open_cache
-    from imkd_models.checkpoint import load_model
-    from pipelines.predict import predict_cache
-    from pipelines.strength import record_scores
 
     opened = open_cache(cache) if isinstance(cache, str | Path) else cache
-    rows = scored_rows(opened, split, scenes)
+    scored_rows(opened, split, scenes)
     check_tree(Path(dataroot), opened.recipe.version)
+    how: Any = {"device": device, "batch_size": batch_size, "change": change, "progress": progress}
+    results = predict_checkpoint(checkpoint, opened, out, split, scenes=scenes, **how)
+    keep = change is None
+    return score_checkpoint(checkpoint, opened, dataroot, out, engine, split, scenes=scenes, results=results, keep=keep)
+
+
+def predict_checkpoint(
+    checkpoint: Path,
+    cache: Cache,
+    out: Path,
+    split: str | None = None,
+    *,
+    scenes: Sequence[str] | None = None,
+    device: str = "cpu",
+    batch_size: int = 1,
+    change: Callable[[nn.Module], None] | None = None,
+    progress: Any = None,
+) -> Path:
+    """The first half of ``evaluate_checkpoint``, which needs neither tables nor devkit: ``out/results.json``."""
+    from imkd_models.checkpoint import load_model
+    from pipelines.predict import predict_cache
+
     model, meta = load_model(checkpoint, device)
     if change is not None:
         change(model)
-    results = predict_cache(model, opened, rows, out, meta=meta, device=device, batch_size=batch_size, progress=progress)
+    rows = scored_rows(cache, split, scenes)
+    return predict_cache(model, cache, rows, out, meta=meta, device=device, batch_size=batch_size, progress=progress)
+
+
+def score_checkpoint(
+    checkpoint: Path,
+    cache: Cache,
+    dataroot: Path,
+    out: Path,
+    engine: Engine = "devkit",
+    split: str | None = None,
+    *,
+    results: Path,
+    scenes: Sequence[str] | None = None,
+    keep: bool = True,
+) -> dict[str, Any]:
+    """The second half: score the checkpoint's predictions ``results``. keep: also in ``scores.json`` beside it."""
+    from imkd_models.checkpoint import load_checkpoint
+    from pipelines.strength import record_scores
+
+    rows = scored_rows(cache, split, scenes)
+    check_tree(Path(dataroot), cache.recipe.version)
+    meta = load_checkpoint(checkpoint).meta
     summary = evaluate_results(
         results,
         dataroot=Path(dataroot),
-        version=opened.recipe.version,
-        tokens=[opened.token(int(row)) for row in rows],
+        version=cache.recipe.version,
+        tokens=[cache.token(int(row)) for row in rows],
         out=Path(out),
         engine=engine,
-        ego_xy_m=ego_places(opened, rows),
-        reference_channel=opened.recipe.reference_channel,
-        extra={"checkpoint": checkpoint_identity(Path(checkpoint), meta), "cache": opened.id},
+        ego_xy_m=ego_places(cache, rows),
+        reference_channel=cache.recipe.reference_channel,
+        extra={"checkpoint": checkpoint_identity(Path(checkpoint), meta), "cache": cache.id},
     )
-    if change is None:
+    if keep:
         record_scores(checkpoint, meta, summary)
     return summary
 

@@ -17,8 +17,9 @@ from imkd_models.blocks import StepCounts
 from imkd_models.checkpoint import load_checkpoint, load_model, weights_hash
 from imkd_models.config import FusionConfig, LabelConfig, LidarConfig, ModelConfig, StudentConfig
 from imkd_models.convention import lidar_features
-from imkd_models.distill import FrozenTeacher, Method, check_needs, make_method
+from imkd_models.distill import FrozenTeacher, Method, check_needs, gradient_norms, make_method
 from imkd_models.distill.base import Distiller
+from imkd_models.outputs import Outputs
 from imkd_models.presets import build_model, config_from_dict, label_config_for
 from pipelines.cache_teacher import CachedTeacher
 from pipelines.machine import channels_last
@@ -72,13 +73,16 @@ class TrainUnit(nn.Module):
     ``forward(batch)`` -> weighted loss terms by log name; once Fabric has wrapped the unit, it is given ``Sealed(batch)``.
     ``expect(batches)`` before the first of several micro-batches of a step: detection and depth losses are then normalised
     by the counts of all of them, as in one large batch. Normalisers of a distillation method stay those of a micro-batch,
-    because some follow from network outputs.
+    because some follow from network outputs. ``measure_pull()``: the next forward leaves in ``pull`` how hard each term of the
+    method pulls at ``bev_fused``, relative to the task's losses.
     """
 
     def __init__(self, networks: Networks) -> None:
         super().__init__()
         self.model = networks.model
         self.distiller = networks.distiller
+        self.pull: dict[str, float] = {}
+        self._measured = True
         self._expected: tuple[Batch, ...] = ()
         self._counts: StepCounts | None = None
         self._teachers = (networks.teachers,)  # a tuple: their weights are in no state dict, optimiser or DDP bucket
@@ -86,6 +90,18 @@ class TrainUnit(nn.Module):
     def expect(self, batches: Sequence[Batch]) -> None:
         """The micro-batches of the step that begins; one alone needs nothing."""
         self._expected, self._counts = tuple(batches) if len(batches) > 1 else (), None
+
+    def measure_pull(self) -> None:
+        """In the next forward; one backward pass a term, as far as ``bev_fused``."""
+        self._measured = False
+
+    def _measure(self, task: Mapping[str, Tensor], method: Mapping[str, Tensor], outputs: Outputs) -> None:
+        self._measured, self.pull = True, {}
+        fused = outputs.features.get("bev_fused")
+        if fused is not None and fused.requires_grad:
+            norms = gradient_norms({"": sum(task.values(), torch.zeros(())), **method}, {"fused": [fused]})
+            base = norms.pop("")["fused"]
+            self.pull = {name: norm["fused"] / base for name, norm in norms.items()} if base > 0 else {}
 
     def _loss(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
         loss: Any = self.model.loss
@@ -106,7 +122,10 @@ class TrainUnit(nn.Module):
         terms = self._loss(outputs, batch)
         if self.distiller is not None:
             theirs = {name: teacher(batch) for name, teacher in self._teachers[0].items()}
-            terms.update(self.distiller(outputs, theirs, batch))
+            of_method = self.distiller(outputs, theirs, batch)
+            if not self._measured:
+                self._measure(terms, of_method, outputs)
+            terms.update(of_method)
         return terms
 
 

@@ -11,7 +11,7 @@ from imkd_data.errors import MismatchError
 from imkd_data.recipe import canonical_json
 from pipelines.run import Run
 
-__all__ = ["check_end", "check_resumable"]
+__all__ = ["FREE", "check_end", "check_resumable"]
 
 # What may differ between the saved run and the resumed one; everything else is refused.
 FREE = frozenset(

@@ -57,6 +57,11 @@ __all__ = ["TrainResult", "train"]
 Progress = Callable[[Tick], None]
 
 
+# Steps on which the pull of a method's terms is measured and logged: at the first nothing is aligned yet, so only the second
+# warns (crkd, section 7.2, asks for both).
+PULL_STEPS = (0, 500)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
     """checkpoint: last.ckpt of the (last) network. step: optimiser steps done. losses: terms of the last logged
@@ -159,6 +164,8 @@ class _Trainer:
         fresh = run if self.saved is None else run.with_values(start="")
         self.networks: Networks = build_networks(fresh, teachers, pretrained=self.saved is None)
         self.start = self.networks.start if self.saved is None else self.saved.meta.get("start", {})
+        if self.networks.distiller is not None:
+            self.networks.distiller.micro_batches = self.accumulate
         if run.loader.cached_teachers:
             use_cached_teachers(self.networks, cache)
         self.stream = self._stream()
@@ -287,6 +294,8 @@ class _Trainer:
         self._all_fed([t for _, _, t in micros if t is not None])
         given = [b for b, _, _ in micros if b is not None]
         self.plain.expect(given)
+        if step in PULL_STEPS and self.plain.distiller is not None:
+            self.plain.measure_pull()
         for micro, batch in enumerate(given):
             waited += micros[micro][1]
             last = micro == self.accumulate - 1
@@ -348,7 +357,8 @@ class _Trainer:
     # ------------------------------------------------------------------------------------------------ telling, saving
 
     def _tell(self, step: int, sums: Mapping[str, torch.Tensor], norm: float, lr: float, log: TrainLog | None) -> None:
-        logged = step % self.run.log_every == 0 or step == self.total
+        pull, self.plain.pull = self.plain.pull, {}
+        logged = step % self.run.log_every == 0 or step == self.total or bool(pull)
         if not (logged or self.progress):
             return
         self.losses = {name: float(value) for name, value in sums.items()}
@@ -357,7 +367,9 @@ class _Trainer:
         if logged and log is not None:
             epoch = (step - 1) // self.steps_per_epoch
             seen = {} if self.networks.distiller is None else {"diagnostics": self.networks.distiller.diagnostic_values()}
+            seen |= {"pull": pull} if pull else {}
             log.write(step, {"epoch": epoch, "loss": total, **self.losses, "lr": lr, "grad_norm": norm, **rates, **seen})
+            log.warn(_pull_warnings(pull) if step - 1 == PULL_STEPS[-1] else [])
         if self.progress is not None and self.rank == 0:
             left = (self.total - step) * self.meter.step_s
             tick = Tick(stage=self.run.name, step=step, total=self.total, loss=total, lr=lr, eta_s=left, **rates)
@@ -441,3 +453,13 @@ class _Trainer:
             return float(load_checkpoint(self.out / "best.ckpt").meta["metrics"]["score"])
         except (ImkdError, KeyError):
             return float("-inf")
+
+
+def _pull_warnings(pull: Mapping[str, float]) -> list[str]:
+    """Terms that pull harder than the task."""
+    return [
+        f"{name} pulls {share:.1f} times as hard as the task's losses at bev_fused after {PULL_STEPS[-1]} steps; consider a "
+        "lower weight"
+        for name, share in pull.items()
+        if share > 1
+    ]

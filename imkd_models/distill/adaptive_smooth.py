@@ -60,7 +60,7 @@ class AdaptiveSmoothOptions(MethodOptions):
     beta_max: float = option(1.0, "largest knee", low=1e-6)
     beta_rule: str = option("tanh", "variance: beta = mean minus variance of the discrepancy", choices=("tanh", "variance"))
     huber: bool = option(False, "multiply the loss by the knee")
-    momentum: float = option(0.9, "of the running scale, mean and spread", low=0, high=0.999999)
+    momentum: float = option(0.9, "of the running scale, mean and spread, an optimiser step", low=0, high=0.999999)
     lambda_srd: float = option(0.25, "weight of soft-weighted response distillation", low=0)
     quality: str = option("conf_gt", "what makes a teacher cell worth imitating", choices=("conf_gt", "conf", "label", "none"))
     alpha: float = option(0.5, "share of confidence against nearness to truth", low=0, high=1)
@@ -117,10 +117,11 @@ class Alignment(nn.Module):
         self.register_buffer("spread", torch.zeros(()))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         self.diagnostics: dict[str, Tensor] = {}
+        self.micro_batches = 1  # of an optimiser step, over which the momentum is meant
 
     def _follow(self, name: str, value: Tensor) -> None:
         old = getattr(self, name)
-        m = torch.where(self.started, self.o.momentum, 0.0)
+        m = torch.where(self.started, self.o.momentum ** (1 / self.micro_batches), 0.0)
         setattr(self, name, m * old + (1 - m) * value.detach())
 
     def used_scale(self) -> Tensor:
@@ -236,11 +237,11 @@ def response_weights(
 
 
 def soft_response(
-    student: HeadMaps, teacher: HeadMaps, gaussian_BKYX: Tensor, boxes: BoxBatch, grid: BevGrid, options: AdaptiveSmoothOptions
+    student: HeadMaps, teacher: HeadMaps, gaussian_BKYX: Tensor, weight_B1YX: Tensor, options: AdaptiveSmoothOptions
 ) -> tuple[Tensor, Tensor]:
-    """(class, box) response loss of one class group (adaptive_smooth, section 4)."""
+    """(class, box) response loss of one class group under ``response_weights`` (adaptive_smooth, section 4)."""
+    weight = weight_B1YX
     with torch.no_grad():
-        weight = response_weights(teacher, gaussian_BKYX, boxes, grid, options)
         norm = normaliser(weight.sum())
         q = torch.sigmoid(teacher.heatmap_logits_BKYX)
         q = q * gaussian_BKYX if options.quality == "label" else q
@@ -295,12 +296,13 @@ class AdaptiveSmooth(Distiller):
     def _aligned(self, key: str, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         if teacher.shape[-2:] != student.shape[-2:]:  # same metres (checked), other cells: the student's grid wins
             teacher = F.interpolate(teacher, size=student.shape[-2:], mode="bilinear", align_corners=False)
+        self.align[key].micro_batches = self.micro_batches
         loss = self.align[key](self.bring[key](student), teacher, heatmaps_at(mask, student.shape))
         self.note(**{f"{key}_{n}": v for n, v in self.align[key].diagnostics.items()})
         return loss
 
     def _response(self, student: Outputs, teacher: Outputs, heatmap: Tensor, boxes: BoxBatch) -> dict[str, Tensor]:
-        cells, values, first = [], [], 0
+        cells, values, near, first = [], [], [], 0
         for ours, theirs in zip(student.head, teacher.head, strict=True):
             if ours.heatmap_logits_BKYX.shape != theirs.heatmap_logits_BKYX.shape:
                 raise MismatchError(
@@ -309,10 +311,16 @@ class AdaptiveSmooth(Distiller):
                     found=str(tuple(theirs.heatmap_logits_BKYX.shape)),
                 )
             count = len(ours.classes)
-            cell, box = soft_response(ours, theirs, heatmap[:, first : first + count], boxes, student.grid, self.o)
+            truth = heatmap[:, first : first + count]
+            with torch.no_grad():
+                weight = response_weights(theirs, truth, boxes, student.grid, self.o)
+                near.append(torch.stack([weight.sum(), (weight * (truth.amax(1, keepdim=True) > 0)).sum()]))
+            cell, box = soft_response(ours, theirs, truth, weight, self.o)
             cells.append(cell)
             values.append(box)
             first += count
+        total, on_objects = torch.stack(near).sum(0)
+        self.note(srd_weight=total, srd_precision=on_objects / total)  # NaN, and so not logged, where nothing is imitated
         w = self.o.lambda_srd
         return {"srd_class": w * torch.stack(cells).sum(), "srd_box": w * torch.stack(values).sum()}
 

@@ -144,7 +144,8 @@ class Distiller(nn.Module):
     ``forward(student, teachers, batch)`` returns *weighted* loss terms by log name; their sum is added to the student's
     own loss. ``diagnostics`` holds detached quantities of the last call (mask areas, running statistics, ...). Terms
     named in ``warmup_exempt`` take no part in the warm-up. ``no_decay``: ends of the names of parameters that weight
-    decay must not touch. Sub-classes give ``terms``.
+    decay must not touch. ``step`` counts optimiser steps: ``micro_batches`` calls in training make one, so that schedules
+    and running statistics do not depend on how a global batch is divided. Sub-classes give ``terms``.
     """
 
     no_decay: ClassVar[tuple[str, ...]] = ()
@@ -156,6 +157,8 @@ class Distiller(nn.Module):
         self.warmup_steps = warmup_steps
         self.warmup_exempt: tuple[str, ...] = ()
         self.diagnostics: dict[str, Tensor] = {}
+        self.micro_batches = 1
+        self._calls = 0  # of the step that runs; checkpoints are written between steps
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def terms(self, student: Outputs, teachers: Mapping[str, Outputs], batch: Batch) -> dict[str, Tensor]:
@@ -188,7 +191,10 @@ class Distiller(nn.Module):
                 acts = (self.step < end_step).float()
                 out = {k: v * acts for k, v in out.items()}
         if self.training:
-            self.step += 1
+            self._calls += 1
+            if self._calls >= self.micro_batches:
+                self.step += 1
+                self._calls = 0
         return out
 
     def check_layout(self, student: Outputs, teachers: Mapping[str, Outputs]) -> None:

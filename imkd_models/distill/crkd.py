@@ -77,6 +77,11 @@ class CrkdOptions(MethodOptions):
         choices=("relu", "sigmoid"),
     )
     calibration: bool = option(True, "radar calibration block in the student (runs at inference)")
+    fuser: str = option(
+        "gated",
+        "of the student, runs at inference; own: what its configuration has, without bev_camera_gated",
+        choices=("gated", "own"),
+    )
     lambda_fused: float = option(5.0, "weight of mask-scaling feature distillation on bev_fused", low=0)
     lambda_cam: float = option(5.0, "weight of mask-scaling feature distillation on the camera map", low=0)
     mask: str = option("scaled", "foreground of the feature terms", choices=("scaled", "box", "gaussian"))
@@ -98,6 +103,13 @@ class CrkdOptions(MethodOptions):
                 expected="relation_sizes=32,16,8,4",
                 found="relation_sizes is empty",
                 next="set lambda_rel=0 to leave it out",
+            )
+        if self.fuser == "own" and self.lambda_cam > 0 and self.camera == "bev_camera_gated":
+            raise RecipeError(
+                "only the gated fuser makes bev_camera_gated",
+                expected="camera=bev_camera",
+                found="fuser=own, camera=bev_camera_gated",
+                next="set camera=bev_camera (lambda_cam=0 leaves the camera map out)",
             )
 
     @property
@@ -318,7 +330,7 @@ class Crkd(Distiller):
 
 
 def _changes(options: CrkdOptions) -> dict[str, Any]:
-    return {"fuser": "gated", "calibration": options.calibration}
+    return {**({"fuser": "gated"} if options.fuser == "gated" else {}), "calibration": options.calibration}
 
 
 def reset_backbone(teacher: FrozenTeacher) -> None:

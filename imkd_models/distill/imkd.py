@@ -35,6 +35,7 @@ from imkd_models.distill.terms import (
 )
 from imkd_models.head import Targets, box_values_at, stacked_box_maps
 from imkd_models.outputs import HeadMaps, Outputs
+from imkd_models.radar import at_key_time
 
 __all__ = ["METHOD", "Adaptor", "Imkd", "ImkdOptions", "response_loss"]
 
@@ -86,7 +87,7 @@ class ImkdOptions(MethodOptions):
     intensity_normalise: str = option("none", "max: divide I_L by its maximum in each sample", choices=NORMALISE)
     intensity_threshold: float = option(0.0, "set I_L below this to 0", low=0, high=1)
     intensity_top_fraction: float = option(1.0, "keep only this share of the occupied cells", low=0, high=1)
-    warmup_steps: int = option(0, "linear warm-up of all terms but the intensity supervision", low=0)
+    warmup_steps: int = option(0, "optimiser steps of a linear warm-up of all terms but the intensity supervision", low=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -305,13 +306,15 @@ class Imkd(Distiller):
         return weighted_square(self.adapted("l2r", radar), target, weight)
 
     def _evidence(self, batch: Batch, shape: torch.Size) -> Tensor:
-        """1 within two cells of a radar return of the current keyframe, else 0.5; (B, 1, Y, X)."""
-        radar, grid = batch.radar, self.grid
+        """1 within two cells of a radar return of the current keyframe, moved to the key time as the encoders move it, else
+        0.5; (B, 1, Y, X)."""
+        grid = self.grid
         seen = torch.zeros(len(batch), grid.ny, grid.nx, device=batch.bev_from_ego_B44.device)
-        if radar is not None and len(radar.xyz_m):
-            row, column, inside = cell_index(radar.xyz_m[:, :2], grid)
-            use = inside & (radar.time_index == 0)
-            seen[radar.batch_index[use], row[use], column[use]] = 1.0
+        if batch.radar is not None and len(batch.radar.xyz_m):
+            radar = at_key_time(batch.radar, slot=0)
+            row, column, inside = cell_index(radar["xyz"][:, :2], grid)
+            use = inside & radar["use"]
+            seen[radar["sample"][use], row[use], column[use]] = 1.0
         near = F.max_pool2d(seen[:, None], 5, stride=1, padding=2)
         return 0.5 + 0.5 * F.adaptive_max_pool2d(near, tuple(shape))
 

@@ -52,6 +52,7 @@ class JoinedDistiller(Distiller):
         out: dict[str, Tensor] = {}
         self.diagnostics = {}
         for name, part in self.parts.items():
+            part.micro_batches = self.micro_batches
             mine = {t: teachers[t] for t in part.needs.teachers}
             out.update({f"{name}/{k}": v for k, v in part(student, mine, batch).items()})
             self.diagnostics.update({f"{name}/{k}": v for k, v in part.diagnostics.items()})

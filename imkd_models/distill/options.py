@@ -157,7 +157,7 @@ class MethodOptions(Options):
         choices=("own", "other"),
     )
     end_step: int = option(
-        0, "training batch from which no term acts (distillation that ends early, Cho & Hariharan 2019); 0: never", low=0
+        0, "optimiser step from which no term acts (distillation that ends early, Cho & Hariharan 2019); 0: never", low=0
     )
 
     @property

@@ -78,6 +78,20 @@ def test_methods_json() -> None:
     assert any(o["name"] == "stage2_label" and o["doc"] for o in lines["imkd"]["options"])
 
 
+def test_methods_say_what_they_need_without_json() -> None:
+    from imkd_models.distill import METHODS
+
+    code, out, _ = run("methods")
+    assert code == 0
+    for name, method in METHODS.items():
+        part = out.split(f"{name}: {method.title}\n")[1].split("\n\n")[0]
+        for teacher, features in method.needs.of_teachers.items():
+            assert f"--teacher {teacher}=CKPT ({', '.join(features)})" in part
+        assert f"student: {', '.join(method.needs.student)}" in part and method.twin in part
+        for option in method.options.describe():
+            assert option["name"] + "=" in part and option["doc"] in part
+
+
 def test_settings_reach_every_section() -> None:
     from cli.model import resolve_run
 

@@ -50,7 +50,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
             (out / "last.ckpt").symlink_to(folder.name)
         return SimpleNamespace(step=run.max_steps, losses={"det": 1.0})
 
-    def score(b: Any, checkpoint: Path, folder: Path, change: Any = None) -> dict[str, Any]:
+    def score(b: Any, checkpoint: Path, folder: Path, change: Any = None, predicted: bool = False) -> dict[str, Any]:
+        calls.setdefault("from_predictions", {})[folder.relative_to(b.out).as_posix()] = predicted
         calls.setdefault("scored", []).append((folder.relative_to(b.out).as_posix(), checkpoint.relative_to(b.out).as_posix()))
         calls.setdefault("changes", {})[folder.relative_to(b.out).as_posix()] = change
         name = folder.name if folder.parent.name == "teachers" else folder.parent.relative_to(b.out / "runs").as_posix()
@@ -124,7 +125,9 @@ def test_no_run_is_made_twice_under_two_names() -> None:
         seen: dict[str, str] = {}
         for row in all_rows(preset):
             options = METHODS[row.method].make_options(row.options) if row.method else None
-            what = repr((row.method, options, row.model, row.settings, row.sim_at_test, row.sim_at_test and row.twin))
+            what = repr(
+                (row.method, options, row.model, row.settings, row.sim_at_test, row.sim_at_test and row.twin, row.start)
+            )
             assert what not in seen, f"{row.name} is {seen.get(what)}"
             seen[what] = row.name
 
@@ -218,6 +221,119 @@ def test_a_plan_with_rows_at_test_holds_the_networks_that_they_score() -> None:
     assert {r.twin for r in tested} <= {r.name for r in plan} and len(tested) == 4
     (method,) = [r for r in plan if r.name == "adaptive_smooth"]
     assert method.seeds == "first" and [r.name for r in rows_of(("main",))].count("adaptive_smooth") == 1
+
+
+A2 = "crkd_twin:calibration=false"
+
+
+def test_crkds_schedule_goes_on_from_a_trained_student(fake: dict[str, Any]) -> None:
+    """Method and control begin with the same weights and go on as long, at half the learning rate."""
+    report = _run(fake, rows=("crkd/continued_B4",), seeds=(3,), admission=False)
+    runs, begun = fake["runs"], fake["out"] / f"runs/{A2}/seed3/train/last.ckpt"
+    assert [name for _, name in fake["trained"]][-3:] == [A2, "crkd/continued_A4", "crkd/continued_B4"]
+    for name in ("crkd/continued_A4", "crkd/continued_B4"):
+        assert Path(runs[name].start) == begun and runs[name].optim.lr == runs[A2].optim.lr / 2
+        assert runs[name].max_steps == runs[A2].max_steps
+    assert runs[A2].start == runs["plain"].start == "" and runs[A2].options["calibration"] is False
+    assert fake["teachers"]["crkd/continued_B4"] == ["fusion"] and fake["teachers"]["crkd/continued_A4"] == []
+    (pair,) = [p for p in report["paired"] if p["method"] == "crkd/continued_B4"]
+    assert (pair["kind"], pair["against"], pair["seeds"]) == ("distillation", "crkd/continued_A4", [3])
+    score = json.loads((fake["out"] / "runs/crkd/continued_B4/seed3/score.json").read_text())
+    assert score["asked"]["run"]["start"] == begun.as_posix().removesuffix("/last.ckpt"), "known by its weights, not its path"
+    assert "probe" in score
+    trained = len(fake["trained"])
+    assert _run(fake, rows=("crkd/continued_B4",), seeds=(3,), admission=False) == report and len(fake["trained"]) == trained
+
+
+def test_a_row_that_goes_on_waits_for_its_start(fake: dict[str, Any]) -> None:
+    values: dict[str, Any] = {"rows": ("crkd/continued_A3",), "seeds": (0,), "admission": False}
+    said: list[str] = []
+    with bench._held(fake["out"] / "runs" / A2 / "seed0", wait=True):
+        _run(fake, **values, progress=lambda tick: said.append(tick.text))
+    assert f"crkd/continued_A3 seed 0: {A2} is not finished yet; the same command runs it then" in said
+    assert not any(name == "crkd/continued_A3" for _, name in fake["trained"])
+    _run(fake, **values)
+    assert fake["trained"][-1] == ("seed0", "crkd/continued_A3")
+
+
+def test_rows_that_go_on_have_the_networks_of_the_papers_table() -> None:
+    rows = {r.name: r for r in all_rows()}
+    without = {name for name, row in rows.items() if row.start and row.options.get("calibration") is False}
+    assert {r.start for r in rows.values()} == {"", A2} and rows[A2].block == "ablations"
+    assert without == {"crkd/continued_A3", "crkd/continued_B1_resp"}
+    terms = METHODS["crkd"].twin_options.keys()
+    for name in ("crkd/continued_A3", "crkd/continued_A4"):
+        assert all(rows[name].options[t] == 0 for t in terms)
+    frozen = bench_presets.WEIGHTS["tiny"]["crkd"]
+    assert rows["crkd/continued_B4"].options == frozen and rows["crkd/continued_B1_resp"].options["lambda_resp"] == 0.3
+    assert rows["crkd/G1_paper"].options == {"preset": "crkd_paper"}, "the paper's settings are not mixed with tuned ones"
+    plan = [r.name for r, _ in bench._order(rows_of(("ablations",), ("crkd",)), (0,))]
+    assert plan.index(A2) < plan.index("crkd/continued_A4") < plan.index("crkd/continued_B4")
+
+
+def test_without_an_engine_predictions_are_kept_and_scored_later(fake: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    predicted: list[str] = []
+
+    def predict(checkpoint: Path, cache: Any, out: Path, **rest: Any) -> Path:
+        predicted.append(out.parent.relative_to(fake["out"]).as_posix())
+        return out / "results.json"
+
+    monkeypatch.setattr("pipelines.evaluate.predict_checkpoint", predict)
+    rows = ("crkd", "adaptive_smooth/11_sim_zeros")
+    values: dict[str, Any] = {"rows": rows, "seeds": (0,)}
+    with pytest.raises(UsageError, match="--engine none makes none"):
+        _run(fake, **values, engine="none")
+    said: list[str] = []
+    report = _run(fake, **values, engine="none", admission=False, progress=lambda tick: said.append(tick.text))
+    assert not report["rows"] and not report["paired"] and "scored" not in fake
+    assert {"teachers/lidar", "runs/plain/seed0", "runs/crkd_twin/seed0", "runs/crkd/seed0"} <= set(predicted)
+    assert "adaptive_smooth/11_sim_zeros seed 0: only scored, so it waits for an engine" in said
+    trained = len(fake["trained"])
+    assert _run(fake, **values, engine="none", admission=False) == report and len(predicted) == len(set(predicted))
+    report = _run(fake, **values, admission=False)
+    assert len(fake["trained"]) == trained and fake["from_predictions"]["runs/crkd/seed0"]
+    assert {"crkd", "crkd_twin", "plain", *rows} <= {r["method"] for r in report["rows"]}
+    assert _run(fake, **values, admission=False) == report and len(fake["scored"]) == len(set(fake["scored"]))
+
+
+def test_runs_that_differ_in_more_than_row_and_seed_are_named(fake: dict[str, Any]) -> None:
+    values: dict[str, Any] = {"rows": ("crkd", "crkd/continued_A3"), "admission": False}
+    _run(fake, **values, seeds=(0,))
+    report = _run(fake, **values, seeds=(0, 1))
+    assert report["mixed"] == [], "another learning rate belongs to a row that goes on"
+    report = _run(fake, **values, seeds=(2,), steps={"student": 7})
+    assert [line.split(" of ")[0] for line in report["mixed"]] == ["max_steps"]
+    assert "plain seed 2" in report["mixed"][0] and "seed 1" not in report["mixed"][0]
+    assert f"**Runs that differ in more than row and seed:** {report['mixed'][0]}" in (fake["out"] / "results.md").read_text()
+    path = fake["out"] / "runs/crkd/seed1/score.json"
+    score = json.loads(path.read_text())
+    assert len(score["made_by"]["code"]) == 16 and score["made_by"]["processor"]
+    path.write_text(json.dumps({**score, "made_by": {**score["made_by"], "code": "0" * 16}}))
+    plain = fake["out"] / "runs/plain/seed1/score.json"  # of an older version, which did not say
+    plain.write_text(json.dumps({k: v for k, v in json.loads(plain.read_text()).items() if k != "made_by"}))
+    mixed = _run(fake, **values, seeds=(0, 1))["mixed"]
+    assert "code of crkd seed 1 is not that of the other runs" in mixed
+
+
+def test_a_borrowed_teacher_is_trained_where_it_is_no_longer_lent(fake: dict[str, Any], tmp_path: Path) -> None:
+    lender, out = tmp_path / "lender", fake["out"]
+    values: dict[str, Any] = {"rows": ("crkd",), "seeds": (0,), "admission": False}
+    _run(fake, **values, out=lender)
+    said: list[str] = []
+    _run(fake, **values, teachers=lender)
+    assert not (out / "teachers/fusion/train").exists()
+    _run(fake, **{**values, "seeds": (1,), "progress": lambda tick: said.append(tick.text)})
+    assert (out / "teachers/fusion/train/last.ckpt").exists() and any("teacher fusion: borrowed before" in t for t in said)
+
+
+def test_a_row_has_the_twin_of_todays_plan(fake: dict[str, Any]) -> None:
+    """A run that was made when its row had another twin is not compared with that."""
+    values: dict[str, Any] = {"rows": ("crkd/B1_resp",), "seeds": (0,), "admission": False}
+    _run(fake, **values)
+    path = fake["out"] / "runs/crkd/B1_resp/seed0/score.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "twin": "plain"}))
+    (pair,) = [p for p in _run(fake, **values)["paired"] if p["method"] == "crkd/B1_resp"]
+    assert pair["against"] == A2
 
 
 def test_rows_whose_teacher_is_altered_read_no_stored_maps() -> None:

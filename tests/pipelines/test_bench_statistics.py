@@ -75,6 +75,7 @@ def test_paired_t_equals_scipy_and_needs_two_pairs() -> None:
     one = paired_t([1.0], [0.0])
     assert one.mean == 1 and math.isnan(one.low) and math.isnan(one.p)
     assert paired_t([1.0, 1.0], [1.0, 1.0]).p == 1.0
+    assert math.isnan(paired_t([1.0, 2.0, math.nan], [0.0, 0.5, 0.0]).p)
 
 
 def test_holm_is_monotone_and_counts_what_is_still_to_come() -> None:

@@ -10,7 +10,8 @@ import torch
 from toy_training import toy_cache, toy_run, toy_teachers
 
 from imkd_data.errors import MismatchError
-from imkd_models.checkpoint import save_checkpoint
+from imkd_models.checkpoint import load_checkpoint, save_checkpoint
+from imkd_models.distill import METHODS
 from pipelines.networks import build_networks
 from pipelines.train import train
 
@@ -29,6 +30,17 @@ def teachers(world: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     plain = build_networks(toy_run("student"))
     save_checkpoint(out / "student", 1, plain.model, meta={"name": "plain", "model": plain.config.as_dict()})
     return {**made, "student": out / "student" / "last.ckpt"}
+
+
+@pytest.mark.parametrize("method", ["imkd", "crkd", "adaptive_smooth", "dual_distill"])
+def test_a_built_teacher_has_every_tensor_of_its_checkpoint(method: str, teachers: dict[str, Path]) -> None:
+    """Nothing initialises weights again after they were loaded, as released code did."""
+    wanted = METHODS[method].teachers
+    networks = build_networks(toy_run("student", method=method), {name: teachers[name] for name in wanted})
+    assert networks.teachers
+    for name, teacher in networks.teachers.items():
+        saved, own = load_checkpoint(teachers[name]).model, teacher.network.state_dict()
+        assert own.keys() == saved.keys() and all(torch.equal(own[key], saved[key]) for key in saved), name
 
 
 NO_LABEL = {"stage2_label": "off"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from toy_training import toy_cache, toy_run
 
 from imkd_data.loader.stream import stream
 from imkd_models.blocks import StepCounts, count_per_rank
+from imkd_models.checkpoint import load_checkpoint
 from pipelines.networks import TrainUnit, build_networks, stream_values
 from pipelines.train import train
 
@@ -73,3 +75,45 @@ def test_the_trainer_tells_the_unit_every_micro_batch(tmp_path: Path, monkeypatc
     run = toy_run(max_steps=2, batch_size=1, global_batch=4)
     result = train(run, toy_cache(tmp_path / "world"), tmp_path / "run", accelerator="cpu")
     assert told == [4, 4] and result.step == 2
+
+
+def test_the_log_says_how_hard_a_methods_terms_pull(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the first step and at a later one, by autograd at the fused map; measuring changes no weight."""
+    cache = toy_cache(tmp_path / "world")
+    fusion = train(toy_run("fusion", max_steps=1), cache, tmp_path / "fusion", accelerator="cpu").checkpoint
+    options = {"lambda_resp": 1e4, "lambda_csrd": 1e3}
+    run = toy_run("student", max_steps=3, batch_size=1, global_batch=2, method="crkd", options=options, log_every=100)
+    monkeypatch.setattr("pipelines.train.PULL_STEPS", (0, 1))
+    seen: list[dict[str, float]] = []
+
+    def measured(unit: TrainUnit, task: Any, method: Any, outputs: Any) -> None:
+        fused = outputs.features["bev_fused"]
+        (base,) = torch.autograd.grad(sum(task.values()), fused, retain_graph=True)
+        (mine,) = torch.autograd.grad(method["resp_class"], fused, retain_graph=True)
+        measure(unit, task, method, outputs)
+        seen.append({"own": float(mine.norm() / base.norm()), **unit.pull})
+
+    measure = TrainUnit._measure
+    monkeypatch.setattr(TrainUnit, "_measure", measured)
+    with_pull = train(run, cache, tmp_path / "a", {"fusion": fusion}, accelerator="cpu").checkpoint
+    assert len(seen) == 2, "of the first micro-batch of two steps"
+    assert all(one["resp_class"] == pytest.approx(one["own"], rel=1e-4) and one["csrd"] == 0 for one in seen)
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "pull" in line] == [1, 2] and "pull" not in lines[-1]
+    told = [line["warning"] for line in lines if "warning" in line and "pulls" in line["warning"]]
+    assert [line.split()[0] for line in told] == ["resp_class", "resp_box"] and told[0] in capsys.readouterr().err
+    monkeypatch.setattr("pipelines.train.PULL_STEPS", (-1,))
+    without = train(run, cache, tmp_path / "b", {"fusion": fusion}, accelerator="cpu").checkpoint
+    assert load_checkpoint(with_pull).meta["weights_sha256"] == load_checkpoint(without).meta["weights_sha256"]
+
+
+def test_a_methods_clock_runs_in_optimiser_steps(tmp_path: Path) -> None:
+    """A warm-up of 500 steps is 500 steps on one GPU that accumulates as on eight that do not."""
+    cache = toy_cache(tmp_path / "world")
+    fusion = train(toy_run("fusion", max_steps=1), cache, tmp_path / "fusion", accelerator="cpu").checkpoint
+    run = toy_run("student", max_steps=3, batch_size=1, global_batch=2, method="crkd")
+    last = train(run, cache, tmp_path / "run", {"fusion": fusion}, accelerator="cpu").checkpoint
+    saved = load_checkpoint(last).distiller or {}
+    assert int(saved["step"]) == 3

@@ -20,6 +20,11 @@ from imkd_models.presets import tiny, tiny_lidar
 TERMS = ["l2c", "m2m", "srd_class", "srd_box"]
 
 
+def response(student, teacher, truth, boxes, grid, options):
+    """``soft_response`` under its own weights."""
+    return soft_response(student, teacher, truth, response_weights(teacher, truth, boxes, grid, options), options)
+
+
 def _options(**values):
     return METHODS["adaptive_smooth"].make_options(values)
 
@@ -49,6 +54,22 @@ def test_all_terms_are_there_finite_and_positive() -> None:
     assert list(out) == TERMS and all(torch.isfinite(v) and v > 0 for v in out.values())
 
 
+def test_momentum_is_meant_over_an_optimiser_step() -> None:
+    """Three micro-batches of a step move the running values as far as one batch does."""
+    whole, parts = Alignment(16, _options()), Alignment(16, _options())
+    for align in (whole, parts):
+        align(*_maps(0.3))  # started
+    assert torch.equal(whole.mean, parts.mean)
+    parts.micro_batches = 3
+    other = _maps(0.9, seed=1)
+    whole(*other)
+    for _ in range(3):
+        parts(*other)
+    for name in ("scale", "mean", "spread"):
+        assert torch.allclose(getattr(whole, name), getattr(parts, name), rtol=2e-3), name
+    assert not torch.allclose(whole.mean, Alignment(16, _options()).mean)
+
+
 @pytest.mark.parametrize(
     "values", [{}, {"granularity": True}, {"huber": True}, {"beta_rule": "variance"}, {"pixel_loss": "mse"}]
 )
@@ -65,7 +86,7 @@ def test_equal_answers_give_zero_response() -> None:
     batch, teacher = fake_batch(), _teacher()["fusion"]
     truth = head_targets(batch.boxes, GRID, teacher.head).heatmap_BKYX
     student = same_head(teacher.head)
-    cells, box = soft_response(student[5], teacher.head[5], truth[:, 8:], batch.boxes, GRID, _options(quality="conf"))
+    cells, box = response(student[5], teacher.head[5], truth[:, 8:], batch.boxes, GRID, _options(quality="conf"))
     assert cells == 0 and box == 0
 
 
@@ -198,7 +219,7 @@ def test_response_weight_is_zero_below_q_min_and_gives_no_gradient_there() -> No
     weight = response_weights(teacher, truth, batch.boxes, GRID, options)
     confidence = torch.sigmoid(teacher.heatmap_logits_BKYX).amax(1, keepdim=True)
     assert ((weight == 0) == (confidence < 0.4)).all() and (weight > 0).any()
-    cells, box = soft_response(student, teacher, truth, batch.boxes, GRID, options)
+    cells, box = response(student, teacher, truth, batch.boxes, GRID, options)
     (cells + box).backward()
     ignored = (weight == 0).expand_as(student.heatmap_logits_BKYX)
     assert student.heatmap_logits_BKYX.grad[ignored].abs().max() == 0
@@ -235,15 +256,34 @@ def test_response_weight_falls_with_distance_and_false_positives_get_none() -> N
     assert (more >= response_weights(loud, truth, batch.boxes, GRID, _options())).all()
 
 
+def test_the_log_says_how_much_is_imitated_and_how_much_of_it_is_true() -> None:
+    distiller, batch, teachers = _distiller(quality="conf", lambda_l2c=0, lambda_m2m=0), fake_batch(), _teacher()
+    _run(distiller, teachers=teachers, batch=batch)
+    truth = head_targets(batch.boxes, GRID, teachers["fusion"].head).heatmap_BKYX
+    total = on_objects = 0.0
+    first = 0
+    for maps in teachers["fusion"].head:
+        confidence = torch.sigmoid(maps.heatmap_logits_BKYX).amax(1)
+        confidence = confidence * (confidence >= distiller.o.q_min)
+        own = truth[:, first : first + len(maps.classes)].amax(1) > 0
+        total, on_objects = total + float(confidence.sum()), on_objects + float(confidence[own].sum())
+        first += len(maps.classes)
+    assert float(distiller.diagnostics["srd_weight"]) == pytest.approx(total, rel=1e-4)
+    assert float(distiller.diagnostics["srd_precision"]) == pytest.approx(on_objects / total, rel=1e-4) and on_objects > 0
+    silent = {"fusion": replace(teachers["fusion"], head=fake_head(3, mean=-30.0))}
+    _run(distiller, teachers=silent, batch=batch)
+    assert "srd_precision" not in distiller.diagnostic_values()
+
+
 def test_false_positive_tail_acts_only_where_there_is_no_truth() -> None:
     batch, teacher, truth = _group()
     silent = replace(teacher, heatmap_logits_BKYX=torch.full_like(teacher.heatmap_logits_BKYX, -9.0))
     student = same_head(fake_head(3, mean=1.0))[0]
-    cells, box = soft_response(student, silent, truth, batch.boxes, GRID, _options(fp_tail=0.1))
+    cells, box = response(student, silent, truth, batch.boxes, GRID, _options(fp_tail=0.1))
     (cells + box).backward()
     gradient = student.heatmap_logits_BKYX.grad
     assert box == 0 and (gradient[truth > 0] == 0).all() and (gradient[truth == 0] > 0).any()
-    assert soft_response(student, silent, truth, batch.boxes, GRID, _options())[0] == 0
+    assert response(student, silent, truth, batch.boxes, GRID, _options())[0] == 0
 
 
 def test_places_and_masks_are_switches() -> None:

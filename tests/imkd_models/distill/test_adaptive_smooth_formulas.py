@@ -74,6 +74,11 @@ def test_defaults_are_those_of_the_paper_reading() -> None:
     assert METHOD.changes(_options(simulated_branch=False)) == {}
 
 
+def response(student, teacher, truth, boxes, grid, options):
+    """``soft_response`` under its own weights."""
+    return soft_response(student, teacher, truth, response_weights(teacher, truth, boxes, grid, options), options)
+
+
 def _options(**values: Any) -> Any:
     return METHOD.make_options(values)
 
@@ -436,7 +441,7 @@ def test_response_of_one_group_equals_a_slow_twin(name: str) -> None:
         np.testing.assert_allclose(
             weight[:, 0], _slow_weight(teacher, _numpy(G), boxes, GRID, {**DEFAULTS, **values}), rtol=1e-5, atol=1e-6
         )
-        cells, box = soft_response(student, teacher, G, boxes, GRID, _options(**values))
+        cells, box = response(student, teacher, G, boxes, GRID, _options(**values))
         expected = _slow_response(student, teacher, G, boxes, {**DEFAULTS, **values})
         _close(cells, expected[0])
         _close(box, expected[1])
@@ -469,7 +474,7 @@ def test_a_sum_of_weights_below_one_counts_as_one() -> None:
     o = {"q_min": 0.85}
     total = _slow_weight(teachers[0], _numpy(truth), boxes, GRID, {**DEFAULTS, **o}).sum()
     assert 0.05 < total < 0.9
-    found = soft_response(students[0], teachers[0], truth, boxes, GRID, _options(**o))
+    found = response(students[0], teachers[0], truth, boxes, GRID, _options(**o))
     for value, expected in zip(found, _slow_response(students[0], teachers[0], truth, boxes, {**DEFAULTS, **o}), strict=True):
         _close(value, expected)
 
@@ -480,7 +485,7 @@ def test_gradient_of_the_class_part_equals_finite_differences(values: dict[str, 
     (students, teachers), boxes = _near_heads(), _batch().boxes
     student, teacher = same_head(students)[1], teachers[1]
     G = centre_targets(boxes, GRID).heatmap_BKYX[:, 1:3]
-    soft_response(student, teacher, G, boxes, GRID, _options(**values))[0].backward()
+    response(student, teacher, G, boxes, GRID, _options(**values))[0].backward()
     found = student.heatmap_logits_BKYX.grad
     o = {**DEFAULTS, **values}
     for place in np.argsort(-found.abs().flatten().numpy())[[0, 3, 9]]:
@@ -535,7 +540,7 @@ def test_response_of_known_numbers_by_hand() -> None:
         log_size_m_B3YX=teacher.log_size_m_B3YX + torch.tensor([1.0, 0.0, 0.0])[:, None, None],
         velocity_mps_B2YX=teacher.velocity_mps_B2YX - torch.tensor([1.0, 0.0])[:, None, None],
     )
-    cells, box = soft_response(student, teacher, torch.ones(1, 1, 1, 1), car, grid, _options())
+    cells, box = response(student, teacher, torch.ones(1, 1, 1, 1), car, grid, _options())
     w = math.sqrt(0.5)  # its sum is below 1, so the norm is 1
     entropy = -(0.5 * math.log(0.25) + 0.5 * math.log(0.75))
     _close(cells, w * 0.25**2 * entropy)

@@ -236,6 +236,11 @@ def test_evidence_halves_cells_far_from_radar_and_survives_no_radar() -> None:
         velocity_mps=radar.velocity_mps[:0],
     )
     assert (distiller._evidence(replace(batch, radar=empty), torch.Size(GRID.shape)) == 0.5).all()
+    old = replace(radar, xyz_m=torch.zeros(1, 3), features_NF=radar.features_NF[:1], batch_index=radar.batch_index[:1] * 0)
+    old = replace(old, time_index=radar.time_index[:1] * 0, age_s=torch.tensor([0.5]), velocity_mps=torch.tensor([[16.0, 0.0]]))
+    (cells,) = (distiller._evidence(replace(batch, radar=old), torch.Size(GRID.shape))[0, 0] == 1).nonzero().unbind(1)[1:]
+    x_m = GRID.x_min_m + (cells + 0.5) * GRID.cell_m
+    assert abs(float(x_m.mean()) - 8.0) <= GRID.cell_m, "a return is where its velocity took it, as in the encoders"
     past = replace(radar, time_index=torch.ones_like(radar.time_index))
     assert (distiller._evidence(replace(batch, radar=past), torch.Size(GRID.shape)) == 0.5).all()
     assert all(torch.isfinite(v) for v in _run(distiller, batch=replace(batch, radar=empty)).values())

@@ -123,11 +123,10 @@ def _objects(batch: Batch, stage: str) -> np.ndarray:
 
 
 def _evidence(batch: Batch) -> np.ndarray:
-    """E = .5 + .5 (occupancy by returns of the current keyframe, widened to 5x5 cells)."""
+    """E = .5 + .5 (occupancy by returns of the current keyframe, where their velocity took them, widened to 5x5 cells)."""
     near, radar = np.zeros((3, 1, *GRID.shape)), batch.radar
-    for (x, y), sample, slot in zip(
-        _array(radar.xyz_m)[:, :2], radar.batch_index.tolist(), radar.time_index.tolist(), strict=True
-    ):
+    moved = _array(radar.xyz_m)[:, :2] + np.nan_to_num(_array(radar.velocity_mps)) * _array(radar.age_s)[:, None]
+    for (x, y), sample, slot in zip(moved, radar.batch_index.tolist(), radar.time_index.tolist(), strict=True):
         row, column = int(np.floor((y - GRID.y_min_m) / 0.8)), int(np.floor((x - GRID.x_min_m) / 0.8))
         if slot == 0 and 0 <= row < GRID.ny and 0 <= column < GRID.nx:
             near[sample, 0, max(0, row - 2) : row + 3, max(0, column - 2) : column + 3] = 1

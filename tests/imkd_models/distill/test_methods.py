@@ -132,6 +132,32 @@ def test_terms_end_with_their_gradients_at_end_step(name: str) -> None:
     assert given and not any(bool(g.any()) for g in given)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_of_several_micro_batches_counts_once(name: str) -> None:
+    """Schedules run in optimiser steps, however a global batch is divided."""
+    step = _fake_step(name, end_step=2).train()
+    step.distiller.micro_batches = 3
+    outputs = step.student(batch := fake_batch())
+    theirs = {n: t(batch) for n, t in step.teachers.items()}
+    acts = []
+    for _ in range(8):
+        acts.append(any(bool(v) for v in step.distiller(outputs, theirs, batch).values()))
+    assert acts == [True] * 6 + [False] * 2 and int(step.distiller.step) == 2
+
+
+def test_joined_methods_hand_the_micro_batches_on() -> None:
+    method = make_method("adaptive_smooth+dual_distill")
+    options = method.make_options({"dual_distill": {"head_from_teacher": False}})
+    student, teachers = FakeNet(STUDENT, seed=1), _teachers(method.teachers_for(options))
+    distiller = method.build(options, student, teachers, GRID).train()
+    distiller.micro_batches = 2
+    outputs = student(batch := fake_batch())
+    theirs = {n: t(batch) for n, t in teachers.items()}
+    for _ in range(4):
+        distiller(outputs, theirs, batch)
+    assert {int(part.step) for part in distiller.parts.values()} == {2}
+
+
 def test_gradient_norms_are_those_of_autograd() -> None:
     step = _fake_step("crkd")
     outputs, terms = step(fake_batch())

@@ -156,9 +156,9 @@ def advice(method: str, values: dict[str, Any]) -> list[str]:
 
 
 def test_the_advice_of_a_join_is_true() -> None:
-    assert advice("crkd+adaptive_smooth", {}) == ["adaptive_smooth.fuser=gated"]
-    assert advice("adaptive_smooth+crkd", {}) == ["adaptive_smooth.fuser=gated"]
-    assert advice("crkd+imkd", {}) == ["imkd.stage3=off"]
+    assert advice("crkd+adaptive_smooth", {}) == ["crkd.fuser=own", "adaptive_smooth.fuser=gated"]
+    assert advice("adaptive_smooth+crkd", {}) == ["adaptive_smooth.fuser=gated", "crkd.fuser=own"]
+    assert advice("crkd+imkd", {}) == ["crkd.fuser=own"]
     assert advice("imkd+adaptive_smooth", {}) == ["imkd.stage3=off", "adaptive_smooth.simulated_branch=off"]
 
 
@@ -173,6 +173,8 @@ def test_every_advice_ends_the_conflict(first: str, second: str) -> None:
         values: dict[str, Any] = {name: value}
         if name == "imkd.stage3":  # the option's own rule, which the advice quotes
             values["imkd.stage3_supervision"] = "off"
+        if name == "crkd.fuser":
+            values["crkd.camera"] = "bev_camera"
         assert not _conflict(joined, values), setting
 
 
@@ -189,7 +191,24 @@ def test_an_advice_quotes_the_rule_of_its_option() -> None:
     joined = make_method("imkd+crkd")
     with pytest.raises(RecipeError) as error:
         joined.changes(joined.make_options({}))
-    assert error.value.details["next"] == "set imkd.stage3=off (and set stage3_supervision=off)"
+    camera = "set camera=bev_camera (lambda_cam=0 leaves the camera map out)"
+    assert error.value.details["next"] == f"set crkd.fuser=own (and {camera})"
+    joined = make_method("imkd+adaptive_smooth")
+    with pytest.raises(RecipeError) as error:
+        joined.changes(joined.make_options({}))
+    assert error.value.details["next"].startswith("set imkd.stage3=off (and set stage3_supervision=off)")
+
+
+def test_crkd_joins_a_student_that_keeps_its_own_fuser() -> None:
+    joined = make_method("imkd+crkd")
+    values = {"crkd.fuser": "own", "crkd.lambda_cam": 0, "crkd.calibration": False}
+    options = joined.make_options(values)
+    assert joined.changes(options) == {**METHODS["imkd"].student_changes, "calibration": False}
+    alone = METHODS["crkd"].make_options({"fuser": "own", "camera": "bev_camera"})
+    assert METHODS["crkd"].changes(alone) == {"calibration": True}
+    assert "bev_camera_gated" not in METHODS["crkd"].needs_for(alone).student
+    with pytest.raises(RecipeError, match="only the gated fuser makes bev_camera_gated"):
+        METHODS["crkd"].make_options({"fuser": "own"})
 
 
 def test_no_advice_where_no_option_decides() -> None:
