@@ -1,6 +1,6 @@
 """Build rate against the devkit script: samples per second of one core, start-up left out as the slope between two sizes.
 
-    python tests/benchmarks/build_rate.py DATAROOT VERSION SPLIT [--small 40] [--large 320]
+    python tests/benchmarks/build_rate.py DATAROOT VERSION SPLIT [--skip-images]
 
 Ours: the fields that hold the same content (depth points and counts, all radar points with poses), then everything but images
 and LiDAR points, then everything. CPU time of the process, ``--executor sync``, fsync on.
