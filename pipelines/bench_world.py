@@ -27,7 +27,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def make_world(root: Path, preset: Preset, materials: str, workers: int, tell: Callable[[str], None]) -> Path:
-    """``root/world``, written once; another world in that folder is refused."""
+    """``root/world``, written once, and again where a copied benchmark came without it; another world is refused."""
     from pipelines.synth import run_synth
 
     tree, note = root / "world", root / "world.json"
@@ -46,7 +46,8 @@ def make_world(root: Path, preset: Preset, materials: str, workers: int, tell: C
             raise MismatchError(
                 "this folder holds another world", expected=json.dumps(asked), found=json.dumps(made), next="use another --out"
             )
-        return tree
+        if tree.is_dir():
+            return tree
     tell(f"writing a world of {preset.scenes} scenes")
     run_synth(
         out=tree,

@@ -27,7 +27,7 @@ from pipelines.bench_presets import PRESETS, PUBLISHED_GAIN_NDS
 from pipelines.bench_report import _costs, _parts_nds, _reads_stored, admission_test
 from pipelines.bench_rows import BLOCKS, Row, all_rows, rows_of, with_tries
 from pipelines.bench_statistics import holm, smallest_detectable
-from pipelines.bench_world import store_teachers
+from pipelines.bench_world import make_world, store_teachers
 
 GAIN = {"teacher_lidar": 20.0, "teacher_fusion": 21.0, "camera_only": -5.0, "radar_only": -12.0, "imkd": 3.0, "crkd": 1.0}
 
@@ -324,6 +324,20 @@ def test_a_borrowed_teacher_is_trained_where_it_is_no_longer_lent(fake: dict[str
     assert not (out / "teachers/fusion/train").exists()
     _run(fake, **{**values, "seeds": (1,), "progress": lambda tick: said.append(tick.text)})
     assert (out / "teachers/fusion/train/last.ckpt").exists() and any("teacher fusion: borrowed before" in t for t in said)
+
+
+def test_a_benchmark_that_was_copied_without_its_world_makes_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr("pipelines.synth.run_synth", lambda out, **rest: (made.append(rest["materials"]), out.mkdir()))
+    asked: tuple[Any, ...] = (tmp_path, PRESETS["smoke"], "class", 1, lambda text: None)
+    for _ in range(2):
+        assert make_world(*asked) == tmp_path / "world"
+    assert made == ["class"]
+    (tmp_path / "world").rmdir()
+    make_world(*asked)
+    assert made == ["class", "class"] and (tmp_path / "world").is_dir()
+    with pytest.raises(MismatchError, match="another world"):
+        make_world(tmp_path, PRESETS["smoke"], "independent", 1, lambda text: None)
 
 
 def test_a_row_has_the_twin_of_todays_plan(fake: dict[str, Any]) -> None:
