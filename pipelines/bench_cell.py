@@ -93,7 +93,8 @@ def train_and_score(
         if not score.get("to_score") or not bench.engine:
             return score
         del score["to_score"]
-        score |= _score(bench, folder / "train" / "last.ckpt", folder, predicted=True)
+        there = (folder / "eval" / "results.json").is_file()  # not so where a first scoring was stopped at its very end
+        score |= _score(bench, folder / "train" / "last.ckpt", folder, predicted=there)
         write_json(done, score)
         return score
     length = f"{run.max_steps} steps" if run.max_steps else f"{run.epochs} epochs"
@@ -167,8 +168,12 @@ def score_again(bench: Bench, folder: Path, trained: Path, sim_at_test: str, *, 
 def settings_of(score: Mapping[str, Any]) -> dict[str, Any]:
     """What all runs of one table share: of a finished run's settings, today's form, those that neither row nor seed decide."""
     run = json.loads(_completed({**score["asked"], "teachers": {}}))["run"]
-    own = ("name", "summary", "seed", "model", "method", "options", "start", "loader", "optim")
-    kept = {k: v for k, v in run.items() if k not in own and (k not in FREE or k in ("max_steps", "epochs", "batch_size"))}
+    left_out = {"name", "seed", "model", "method", "options", "start", "loader", "optim", *FREE} - {
+        "max_steps",
+        "epochs",
+        "batch_size",
+    }
+    kept = {k: v for k, v in run.items() if k not in left_out}
     by_row = {"loader": ("parity", "augment", "cached_teachers"), "optim": ("lr",) if run["start"] else ()}
     parts = {f"{part}.{k}": v for part, own in by_row.items() for k, v in run[part].items() if k not in own}
     return {"cache": score["asked"]["cache"], **kept, **parts}

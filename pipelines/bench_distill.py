@@ -308,9 +308,11 @@ def _teachers(bench: Bench, plan: Sequence[Row], borrowed: Path | None) -> dict[
             made[name] = _borrow(borrowed / "teachers" / name, folder)
             continue
         given = {"lidar": made["lidar"]} if name == "label" else {}
-        if (folder / "score.json").is_file() and not (folder / "train" / "last.ckpt").exists():  # only its score was borrowed
-            bench.tell(f"teacher {name}: borrowed before, trained here now; --teachers OUT borrows it again")
-            (folder / "score.json").unlink()
+        if (folder / "score.json").is_file() and not (folder / "train" / "last.ckpt").exists():
+            bench.tell(
+                f"teacher {name}: only its score is here, borrowed before; trained now (--teachers OUT borrows it again)"
+            )
+            (folder / "score.json").unlink(missing_ok=True)
         run = _run(bench, name, seed=0)
         facts = {"row": f"teacher_{name}", "kind": "teacher", "seed": 0, "twin": None}
         with _held(folder, wait=True):

@@ -276,9 +276,12 @@ def test_without_an_engine_predictions_are_kept_and_scored_later(fake: dict[str,
 
     def predict(checkpoint: Path, cache: Any, out: Path, **rest: Any) -> Path:
         predicted.append(out.parent.relative_to(fake["out"]).as_posix())
+        out.mkdir(parents=True)
+        (out / "results.json").write_text("{}")
         return out / "results.json"
 
     monkeypatch.setattr("pipelines.evaluate.predict_checkpoint", predict)
+    lost = fake["out"] / "runs/plain/seed0/eval/results.json"  # of one run the predictions went, of the others they stay
     rows = ("crkd", "adaptive_smooth/11_sim_zeros")
     values: dict[str, Any] = {"rows": rows, "seeds": (0,)}
     with pytest.raises(UsageError, match="--engine none makes none"):
@@ -290,8 +293,10 @@ def test_without_an_engine_predictions_are_kept_and_scored_later(fake: dict[str,
     assert "adaptive_smooth/11_sim_zeros seed 0: only scored, so it waits for an engine" in said
     trained = len(fake["trained"])
     assert _run(fake, **values, engine="none", admission=False) == report and len(predicted) == len(set(predicted))
+    lost.unlink()
     report = _run(fake, **values, admission=False)
-    assert len(fake["trained"]) == trained and fake["from_predictions"]["runs/crkd/seed0"]
+    assert len(fake["trained"]) == trained
+    assert fake["from_predictions"]["runs/crkd/seed0"] and not fake["from_predictions"]["runs/plain/seed0"]
     assert {"crkd", "crkd_twin", "plain", *rows} <= {r["method"] for r in report["rows"]}
     assert _run(fake, **values, admission=False) == report and len(fake["scored"]) == len(set(fake["scored"]))
 
@@ -323,7 +328,9 @@ def test_a_borrowed_teacher_is_trained_where_it_is_no_longer_lent(fake: dict[str
     _run(fake, **values, teachers=lender)
     assert not (out / "teachers/fusion/train").exists()
     _run(fake, **{**values, "seeds": (1,), "progress": lambda tick: said.append(tick.text)})
-    assert (out / "teachers/fusion/train/last.ckpt").exists() and any("teacher fusion: borrowed before" in t for t in said)
+    assert (out / "teachers/fusion/train/last.ckpt").exists() and any(
+        "teacher fusion: only its score is here" in t for t in said
+    )
 
 
 def test_a_benchmark_that_was_copied_without_its_world_makes_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
