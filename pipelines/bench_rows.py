@@ -16,7 +16,7 @@ from pipelines.bench_ablations import (
     SIM_AT_TEST,
     STUDENT_ABLATIONS,
 )
-from pipelines.bench_presets import PRESETS, PUBLISHED_GAIN_NDS, WEIGHTS
+from pipelines.bench_presets import PUBLISHED_GAIN_NDS, WEIGHTS
 
 __all__ = ["BLOCKS", "Row", "all_rows", "rows_of", "undistilled", "with_tries"]
 
@@ -339,13 +339,10 @@ def all_rows(preset: str = "tiny") -> list[Row]:
     own = {r.method: METHODS[r.method].make_options(r.options) for r in main if r.method and r.kind == "method"}
     others = [_weighted(r, weights) for r in (*_controls(), *_ablations(), *_defects())]
 
-    unmoved = PRESETS[preset].settings.get("loader.augment.enabled") == "false"  # then view and planes hold the same
-
     def repeats(row: Row) -> bool:
         if row.method is None or row.kind != "ablation" or row.model or row.start:
             return False
-        view = unmoved and row.options.get("intensity_from") == "view"
-        return view or METHODS[row.method].make_options(row.options) == own[row.method]
+        return bool(METHODS[row.method].make_options(row.options) == own[row.method])
 
     return [*main, *_with_twins([r for r in others if not repeats(r)])]
 

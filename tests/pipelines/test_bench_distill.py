@@ -631,7 +631,7 @@ def test_an_ablation_that_is_the_method_itself_is_left_out(monkeypatch: pytest.M
         monkeypatch.setitem(bench_presets.WEIGHTS, "tiny", {"crkd": {"velocity_weight": value}})
         names = {r.name for r in all_rows("tiny")}
         assert left in names and out not in names
-    assert "imkd/14_from_view" not in names and "imkd/14_from_view" in {r.name for r in all_rows("small")}
+    assert "imkd/14_from_view" in names, "pooled from rounded means, the view is near the planes and not the same"
     assert "imkd/default_weights" not in names and "imkd" in names  # no frozen weights: its own are the defaults
 
 
