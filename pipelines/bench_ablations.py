@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["ABLATIONS", "CONTINUED", "CONTINUED_FROM", "OWN_WEIGHTS", "SIM_AT_TEST", "STUDENT_ABLATIONS"]
+__all__ = ["ABLATIONS", "OWN_WEIGHTS", "SIM_AT_TEST", "STUDENT_ABLATIONS"]
 
 # Name -> options, by method: the papers' ablation tables and our own. A row that changes the network is compared with the
 # undistilled twin of that network (``bench_rows.undistilled``). What is not here
@@ -95,23 +95,6 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
 
 # Rows of a preset that says the paper's weights, or none of which were tuned: no frozen weight is put below them.
 OWN_WEIGHTS = ("crkd/G1_paper", "imkd/08_labeldistill_on_merged")
-
-# CRKD as its paper trains it: all go on from one gated student that was trained without distillation (A2 of the paper's table),
-# at half the learning rate, as many steps again. A3 and A4 are the controls, continued without distillation: B1 is measured
-# against A3, the others against A4, which has the calibration block too. Name -> (options, control; None: is one).
-_NO_TERM = {"lambda_resp": 0.0, "lambda_csrd": 0.0, "lambda_fused": 0.0, "lambda_cam": 0.0, "lambda_rel": 0.0}
-CONTINUED_FROM = {"calibration": False, **_NO_TERM}
-CONTINUED: dict[str, tuple[dict[str, Any], str | None]] = {
-    "continued_A4": (_NO_TERM, None),
-    "continued_B4": ({}, "continued_A4"),
-    "continued_A3": ({**_NO_TERM, "calibration": False}, None),
-    "continued_B1_resp": (
-        {"lambda_csrd": 0.0, "lambda_fused": 0.0, "lambda_cam": 0.0, "lambda_rel": 0.0, "calibration": False},
-        "continued_A3",
-    ),
-    "continued_B2_csrd": ({"lambda_fused": 0.0, "lambda_cam": 0.0, "lambda_rel": 0.0}, "continued_A4"),
-    "continued_B3_msfd": ({"lambda_rel": 0.0}, "continued_A4"),
-}
 
 # The same on a changed student: name -> (changes of its configuration, options). Twins get the same student.
 _CAMERA = {"radar": False}

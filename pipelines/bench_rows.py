@@ -8,14 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from imkd_data.errors import UsageError
-from pipelines.bench_ablations import (
-    ABLATIONS,
-    CONTINUED,
-    CONTINUED_FROM,
-    OWN_WEIGHTS,
-    SIM_AT_TEST,
-    STUDENT_ABLATIONS,
-)
+from pipelines.bench_ablations import ABLATIONS, OWN_WEIGHTS, SIM_AT_TEST, STUDENT_ABLATIONS
 from pipelines.bench_presets import PUBLISHED_GAIN_NDS, WEIGHTS
 
 __all__ = ["BLOCKS", "Row", "all_rows", "rows_of", "undistilled", "with_tries"]
@@ -206,26 +199,38 @@ def _ablations() -> list[Row]:
 
 
 def _continued() -> list[Row]:
-    """CRKD's schedule: a student trained without distillation, and what goes on from it (``CONTINUED``)."""
-    begun = undistilled("crkd", CONTINUED_FROM, "ablations")
-    begun = replace(begun, frozen=False, note="A2 of the paper's table, from which its other rows go on")
+    """CRKD as its paper trains it: all go on from one gated student that was trained without distillation, at half the learning
+    rate, as many steps again. A3 and A4 go on without distillation and are the controls: of B1, which has no calibration block
+    either, and of the others. The first row is what they start from."""
+    from imkd_models.distill import METHODS
+
+    no_block, ablations, none = {"calibration": False}, ABLATIONS["crkd"], METHODS["crkd"].twin_options
+    begun = replace(undistilled("crkd", no_block, "ablations"), frozen=False, note="what CRKD's continued rows start from")
+    continued: dict[str, tuple[Mapping[str, Any], str | None]] = {  # name -> (options, control; None: is one)
+        "A4": (none, None),
+        "B4": ({}, "A4"),
+        "A3": ({**none, **no_block}, None),
+        "B1_resp": (ablations["B1_resp"], "A3"),
+        "B2_csrd": (ablations["B2_csrd"], "A4"),
+        "B3_msfd": (ablations["B3_msfd"], "A4"),
+    }
     return [
         begun,
         *(
             Row(
-                name=f"crkd/{name}",
+                name=f"crkd/continued_{name}",
                 kind="twin" if control is None else "ablation",
                 options=options,
-                twin=None if control is None else f"crkd/{control}",
+                twin=None if control is None else f"crkd/continued_{control}",
                 frozen=control is not None,
-                note=f"{name.removeprefix('continued_')} of the paper's table",
+                note="goes on without distillation" if control is None else "goes on from a trained student, as the paper does",
                 block="ablations",
                 method="crkd",
                 seeds="first",
                 start=begun.name,
                 lr_factor=0.5,
             )
-            for name, (options, control) in CONTINUED.items()
+            for name, (options, control) in continued.items()
         ),
     ]
 

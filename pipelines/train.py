@@ -37,7 +37,7 @@ from pipelines.resumable import check_end, check_resumable
 from pipelines.run import Run
 from pipelines.sampling import is_listed, make_paster, saved_rows
 from pipelines.strength import sweep_warnings, teacher_records, teacher_warnings
-from pipelines.trainlog import Meter, Tick, TrainLog
+from pipelines.trainlog import Meter, Tick, TrainLog, pull_due, pull_warnings
 from pipelines.trainmeta import (
     cache_meta,
     check_folder,
@@ -55,11 +55,6 @@ if TYPE_CHECKING:
 __all__ = ["TrainResult", "train"]
 
 Progress = Callable[[Tick], None]
-
-
-# Steps on which the pull of a method's terms is measured and logged: at the first nothing is aligned yet, so only the second
-# warns (crkd, section 7.2, asks for both).
-PULL_STEPS = (0, 500)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,7 +289,7 @@ class _Trainer:
         self._all_fed([t for _, _, t in micros if t is not None])
         given = [b for b, _, _ in micros if b is not None]
         self.plain.expect(given)
-        if step in PULL_STEPS and self.plain.distiller is not None:
+        if pull_due(step) and self.plain.distiller is not None:
             self.plain.measure_pull()
         for micro, batch in enumerate(given):
             waited += micros[micro][1]
@@ -369,7 +364,7 @@ class _Trainer:
             seen = {} if self.networks.distiller is None else {"diagnostics": self.networks.distiller.diagnostic_values()}
             seen |= {"pull": pull} if pull else {}
             log.write(step, {"epoch": epoch, "loss": total, **self.losses, "lr": lr, "grad_norm": norm, **rates, **seen})
-            log.warn(_pull_warnings(pull) if step - 1 == PULL_STEPS[-1] else [])
+            log.warn(pull_warnings(pull, step))
         if self.progress is not None and self.rank == 0:
             left = (self.total - step) * self.meter.step_s
             tick = Tick(stage=self.run.name, step=step, total=self.total, loss=total, lr=lr, eta_s=left, **rates)
@@ -453,13 +448,3 @@ class _Trainer:
             return float(load_checkpoint(self.out / "best.ckpt").meta["metrics"]["score"])
         except (ImkdError, KeyError):
             return float("-inf")
-
-
-def _pull_warnings(pull: Mapping[str, float]) -> list[str]:
-    """Terms that pull harder than the task."""
-    return [
-        f"{name} pulls {share:.1f} times as hard as the task's losses at bev_fused after {PULL_STEPS[-1]} steps; consider a "
-        "lower weight"
-        for name, share in pull.items()
-        if share > 1
-    ]

@@ -6,11 +6,16 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Meter", "Tick", "TrainLog"]
+__all__ = ["Meter", "Tick", "TrainLog", "pull_due", "pull_warnings"]
+
+# Steps (from 0) on which the pull of a method's terms is measured and logged: at the first nothing is aligned yet, so only the
+# second warns (crkd, section 7.2, asks for both).
+PULL_STEPS = (0, 500)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,3 +127,20 @@ class TrainLog:
         self.file.close()
         if self.writer is not None:
             self.writer.close()
+
+
+def pull_due(step: int) -> bool:
+    """Whether the pull is measured in this step, counted from 0."""
+    return step in PULL_STEPS
+
+
+def pull_warnings(pull: Mapping[str, float], step: int) -> list[str]:
+    """Terms that pull harder than the task, once ``step`` steps are done; none after the first of ``PULL_STEPS``."""
+    if step - 1 != PULL_STEPS[-1]:
+        return []
+    return [
+        f"{name} pulls {share:.1f} times as hard as the task's losses at bev_fused after {PULL_STEPS[-1]} steps; consider a "
+        "lower weight"
+        for name, share in pull.items()
+        if share > 1
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,8 +84,10 @@ def test_methods_say_what_they_need_without_json() -> None:
 
     code, out, _ = run("methods")
     assert code == 0
-    for name, method in METHODS.items():
-        part = out.split(f"{name}: {method.title}\n")[1].split("\n\n")[0]
+    parts = re.split(r"^(?=\S)", out, flags=re.MULTILINE)[1:]  # a line that is not indented begins a method
+    assert [part.split(":")[0] for part in parts] == list(METHODS)
+    for part, (name, method) in zip(parts, METHODS.items(), strict=True):
+        assert part.startswith(f"{name}: {method.title}")
         for teacher, features in method.needs.of_teachers.items():
             assert f"--teacher {teacher}=CKPT ({', '.join(features)})" in part
         assert f"student: {', '.join(method.needs.student)}" in part and method.twin in part

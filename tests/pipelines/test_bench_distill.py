@@ -24,7 +24,7 @@ from imkd_data.errors import ImkdError, MismatchError, UsageError
 from imkd_models.distill import METHODS
 from pipelines.bench_ablations import ABLATIONS
 from pipelines.bench_presets import PRESETS, PUBLISHED_GAIN_NDS
-from pipelines.bench_report import _costs, _parts_nds, _reads_stored, admission_test
+from pipelines.bench_report import SCENE_DRAWS, _costs, _parts_nds, _reads_stored, admission_test
 from pipelines.bench_rows import BLOCKS, Row, all_rows, rows_of, with_tries
 from pipelines.bench_statistics import holm, smallest_detectable
 from pipelines.bench_world import make_world, store_teachers
@@ -345,6 +345,15 @@ def test_a_benchmark_that_was_copied_without_its_world_makes_it_again(tmp_path: 
     assert made == ["class", "class"] and (tmp_path / "world").is_dir()
     with pytest.raises(MismatchError, match="another world"):
         make_world(tmp_path, PRESETS["smoke"], "independent", 1, lambda text: None)
+
+
+def test_the_report_of_real_data_has_intervals_over_scenes(fake: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ``--docs`` too: with one seed they are the only ones."""
+    asked: list[int | None] = []
+    monkeypatch.setattr("pipelines.bench_report.write_report", lambda out, docs, draws=None: asked.append(draws) or {})
+    for preset in ("nuscenes", "smoke"):
+        _run(fake, out=fake["out"] / preset, preset=preset, rows=("plain",), seeds=(0,), world=fake["out"].parent, cache="C")
+    assert asked == [SCENE_DRAWS, None]
 
 
 def test_a_row_has_the_twin_of_todays_plan(fake: dict[str, Any]) -> None:

@@ -85,7 +85,7 @@ def test_the_log_says_how_hard_a_methods_terms_pull(
     fusion = train(toy_run("fusion", max_steps=1), cache, tmp_path / "fusion", accelerator="cpu").checkpoint
     options = {"lambda_resp": 1e4, "lambda_csrd": 1e3}
     run = toy_run("student", max_steps=3, batch_size=1, global_batch=2, method="crkd", options=options, log_every=100)
-    monkeypatch.setattr("pipelines.train.PULL_STEPS", (0, 1))
+    monkeypatch.setattr("pipelines.trainlog.PULL_STEPS", (0, 1))
     seen: list[dict[str, float]] = []
 
     def measured(unit: TrainUnit, task: Any, method: Any, outputs: Any) -> None:
@@ -104,7 +104,7 @@ def test_the_log_says_how_hard_a_methods_terms_pull(
     assert [line["step"] for line in lines if "pull" in line] == [1, 2] and "pull" not in lines[-1]
     told = [line["warning"] for line in lines if "warning" in line and "pulls" in line["warning"]]
     assert [line.split()[0] for line in told] == ["resp_class", "resp_box"] and told[0] in capsys.readouterr().err
-    monkeypatch.setattr("pipelines.train.PULL_STEPS", (-1,))
+    monkeypatch.setattr("pipelines.trainlog.PULL_STEPS", (-1,))
     without = train(run, cache, tmp_path / "b", {"fusion": fusion}, accelerator="cpu").checkpoint
     assert load_checkpoint(with_pull).meta["weights_sha256"] == load_checkpoint(without).meta["weights_sha256"]
 
