@@ -79,6 +79,13 @@ def _names(text: str | None) -> tuple[str, ...]:
 @click.option("--max-runs", type=click.IntRange(min=0), help="Stop after so many new runs.")
 @click.option("--no-admission", is_flag=True, help="Run methods on a world that does not pass; the table says so.")
 @click.option("--docs", type=PATH, help="Also write results.json and results.md there, with the scene bootstrap.")
+@click.option(
+    "--also",
+    multiple=True,
+    type=PATH,
+    metavar="RESULTS.json",
+    help="An earlier table of this benchmark: its rows stand in this one too and are not run again.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def distill(
@@ -103,6 +110,7 @@ def distill(
     max_runs: int | None,
     no_admission: bool,
     docs: Path | None,
+    also: tuple[Path, ...],
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -136,6 +144,7 @@ def distill(
         max_runs=max_runs,
         admission=False if no_admission else None,
         docs=docs,
+        also=also,
         progress=tell,
     )
     if as_json:

@@ -20,6 +20,7 @@ from imkd_data.errors import MismatchError, SourceMissingError, UsageError
 from imkd_data.world import world_options
 from pipelines.bench_cell import Bench, score_again, train_and_score
 from pipelines.bench_presets import PRESETS
+from pipelines.bench_printed import Printed, read_printed
 from pipelines.bench_rows import Row, all_rows, rows_of, with_tries
 from pipelines.bench_world import make_cache, make_world, store_teachers, write_json
 from pipelines.device import device_of
@@ -65,6 +66,7 @@ def bench_distill(
     max_runs: int | None = None,
     admission: bool | None = None,
     docs: Path | str | None = None,
+    also: Sequence[Path] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run what is missing and write the table.
@@ -83,14 +85,16 @@ def bench_distill(
         steps: optimiser steps by network (lidar, label, fusion, student); settings: ``--set`` values for every run.
         max_runs: stop after so many new runs, for filling the table in several goes. admission: False runs methods on a
         world and preset that do not pass, and the table says so; tuning (held_in) is not asked. docs: folder that gets
-        results.json and results.md too.
+        results.json and results.md too. also: results.json of earlier tables of the same benchmark: their
+        rows stand in this one, and their runs are not made again.
 
     Returns:
         The content of ``results.json``: rows, paired, admission, spread, costs.
 
     Raises:
         UsageError: unknown names, a row and method that contradict, no such device, or the admission test failed.
-        MismatchError: ``out`` was begun with other settings, ``world`` with other materials. SourceMissingError: no ``world``.
+        MismatchError: ``out`` was begun with other settings, ``world`` with other materials, ``also`` is of another benchmark.
+        SourceMissingError: no ``world``, no such table.
     """
     from imkd_data import open_cache
     from pipelines.bench_report import SCENE_DRAWS, write_report
@@ -110,7 +114,8 @@ def bench_distill(
             next="add --no-admission; the same command with an engine scores what was predicted, and says whether they pass",
         )
     root, plan = Path(out), with_tries(rows_of(tuple(blocks), tuple(methods), tuple(rows), preset), tries)
-    plan = _with_baselines(plan, preset) if must_pass else plan
+    printed = read_printed(also)
+    plan = _with_baselines(plan, preset, printed) if must_pass else plan
     state = {"done": 0, "total": 0}
 
     def tell(text: str) -> None:
@@ -129,6 +134,7 @@ def bench_distill(
             "held-in": str(held_in or ""),
             "try": " --try ".join(tries),
             "teachers": "TEACHERS" if teachers is not None else "",
+            "also": " --also ".join("RESULTS.json" for _ in also),
         }
         _remember_command(root, options, steps or {}, settings or {}, admission, _published(docs, preset))
 
@@ -139,7 +145,8 @@ def bench_distill(
             found="no --world" if world is None else "no --cache",
             next="imkd-data build --split trainval --dataroot DATAROOT makes the cache",
         )
-    cells = _order(plan, tuple(seeds))
+    cells = _without_printed(_order(plan, tuple(seeds)), printed)
+    plan = [row for row in plan if any(r is row for r, _ in cells)]
     device_of(accelerator)  # said now, not once a world and a cache are made
     if world is not None:
         _check_world(Path(world), None if chosen.real else materials)
@@ -162,7 +169,7 @@ def bench_distill(
         held_in=held_in,
     )
     state["total"] = len(cells)
-    given = _teachers(bench, plan, None if teachers is None else Path(teachers))
+    given = _teachers(bench, plan, None if teachers is None else Path(teachers), judged=not printed.has("teacher_lidar"))
     if chosen.stored_teachers and (maps := _maps_read(plan, given)):
         with _held(root / "stored", wait=True):
             bench = replace(bench, stored=store_teachers(root, opened, maps, bench.device, tell))
@@ -171,11 +178,11 @@ def bench_distill(
         fresh = not (_folder(bench, row, seed) / "score.json").is_file()
         if fresh and row.kind != "baseline" and must_pass:
             _finish_baselines(bench, cells)
-            if not write_report(root, None)["admission"]["passed"]:
+            if not write_report(root, None, also=also)["admission"]["passed"]:
                 raise UsageError(
                     "the world and preset do not pass the admission test, so no method is run",
                     rule="bench.admission",
-                    found="; ".join(_failed(write_report(root, docs)["admission"])),
+                    found="; ".join(_failed(write_report(root, docs, also=also)["admission"])),
                     next="change the world or the preset (more steps, more scenes), or pass --no-admission and say so",
                 )
         if fresh and max_runs is not None and new >= max_runs:
@@ -198,7 +205,8 @@ def bench_distill(
         state["done"] += 1
         tell(f"{row.name} seed {seed}: done")
     remember()
-    return write_report(root, docs, draws=SCENE_DRAWS if chosen.real else None)  # one seed of these is days: scenes tell most
+    draws = SCENE_DRAWS if chosen.real else None  # one seed of these is days: scenes tell most
+    return write_report(root, docs, draws=draws, also=also)
 
 
 def _check_world(tree: Path, materials: str | None) -> None:
@@ -232,10 +240,11 @@ def _held(folder: Path, *, wait: bool) -> Iterator[bool]:
             yield True
 
 
-def _with_baselines(plan: Sequence[Row], preset: str) -> list[Row]:
-    """The plan; where it has more than baselines, with those that the admission test reads, first seed."""
+def _with_baselines(plan: Sequence[Row], preset: str, printed: Printed) -> list[Row]:
+    """The plan; where it has more than baselines, with those that the admission test reads and no table has, first seed."""
     have = {row.name for row in plan}
-    lacking = [replace(r, seeds="first") for r in all_rows(preset) if r.kind == "baseline" and r.name not in have]
+    wanted = [r for r in all_rows(preset) if r.kind == "baseline" and r.name not in have and not printed.has(r.name)]
+    lacking = [replace(r, seeds="first") for r in wanted]
     return [*(lacking if any(r.kind != "baseline" for r in plan) else ()), *plan]
 
 
@@ -289,18 +298,27 @@ def _order(plan: Sequence[Row], seeds: tuple[int, ...]) -> list[tuple[Row, int]]
     return sorted(cells, key=lambda c: (rank.get(c[0].kind, order[c[0].block]), seeds.index(c[1])))
 
 
+def _without_printed(cells: Sequence[tuple[Row, int]], printed: Printed) -> list[tuple[Row, int]]:
+    """Those of which no table has the score, and those whose network one of them goes on from or scores again."""
+    lacking = [(row, seed) for row, seed in cells if not printed.has(row.name, seed)]
+    read = {(row.twin if row.sim_at_test else row.start, seed) for row, seed in lacking}
+    return [(row, seed) for row, seed in cells if (row, seed) in lacking or (row.name, seed) in read]
+
+
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
-def _teachers(bench: Bench, plan: Sequence[Row], borrowed: Path | None) -> dict[str, Path]:
-    """Checkpoints of the shared teachers that the plan uses: trained and scored once, or those of another benchmark."""
+def _teachers(bench: Bench, plan: Sequence[Row], borrowed: Path | None, *, judged: bool = True) -> dict[str, Path]:
+    """Checkpoints of the shared teachers that the plan uses: trained and scored once, or those of another benchmark. judged:
+    the LiDAR teacher in any case, as admission reads its score."""
     from imkd_models.distill import make_method
 
-    wanted: set[str] = {"lidar"}
+    wanted: set[str] = {"lidar"} if judged else set()
     for row in plan:
         if row.method:
             method = make_method(row.method)
             wanted |= set(method.teachers_for(method.make_options(row.options)))
+    wanted |= {"lidar"} if "label" in wanted else set()
     made: dict[str, Path] = {}
     for name in [n for n in bench.preset.networks if n in wanted]:
         folder = bench.out / "teachers" / name

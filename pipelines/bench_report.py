@@ -8,13 +8,16 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from imkd_data.recipe import canonical_json
 from pipelines.bench_presets import PUBLISHED_GAIN_NDS
+from pipelines.bench_printed import Printed, joined, read_printed
 from pipelines.bench_rows import all_rows
 from pipelines.bench_statistics import F64, SceneMatches, holm, paired_t, scene_bootstrap, scene_draws, smallest_detectable
 from pipelines.bench_table import markdown
@@ -131,7 +134,7 @@ def _unfit(rows: Mapping[str, Mapping[int, Score]], admission: Mapping[str, Any]
 
 def _mixed(rows: Mapping[str, Mapping[int, Score]]) -> list[str]:
     """Where runs that are compared differ in more than row and seed: settings (steps, batch, precision, cache, ...), or the
-    code or processor that made them, where both say."""
+    code or processor that made them, where both say. Printed rows have a hash of their settings alone."""
     from pipelines.bench_cell import settings_of
 
     runs = [s for seeds in rows.values() for s in seeds.values() if s["kind"] not in ("teacher", "at test")]
@@ -139,9 +142,24 @@ def _mixed(rows: Mapping[str, Mapping[int, Score]]) -> list[str]:
     out = []
     for key in sorted({k for _, settings in settled for k in settings}):
         out += _differing(key, [(s, json.dumps(settings[key])) for s, settings in settled if key in settings])
+    if not out:
+        out += _differing("some setting", [(s, known) for s in runs if (known := _settings(s))])
     for key in ("code", "processor"):
         out += _differing(key, [(s, str(s["made_by"][key])) for s in runs if s.get("made_by")])
     return out
+
+
+def _settings(score: Score) -> str | None:
+    """Hash of what all runs of a table share; None of teachers, of runs that go on from another at a rate of their own, and of
+    rows printed by a version that did not say."""
+    from pipelines.bench_cell import settings_of
+
+    run = score.get("asked", {}).get("run")
+    if run is None:
+        return score.get("settings")
+    if score["kind"] == "teacher" or run.get("start"):
+        return None
+    return sha256(canonical_json(settings_of(score))).hexdigest()[:16]
 
 
 def _differing(key: str, found: Sequence[tuple[Score, str]]) -> list[str]:
@@ -159,7 +177,9 @@ def _draws_by_run(scores: Sequence[Score], draws: int) -> dict[tuple[str, int], 
     """``scene_draws`` of every run whose matches are there, once each: most runs stand in several comparisons."""
     if not draws:
         return {}
-    paths = {(s["row"], s["seed"]): Path(s["folder"]) / "matches.npz" for s in scores if s["kind"] != "teacher"}
+    paths = {
+        (s["row"], s["seed"]): Path(s["folder"]) / "matches.npz" for s in scores if s["kind"] != "teacher" and "folder" in s
+    }
     return {key: scene_draws(SceneMatches.load(path), draws=draws) for key, path in paths.items() if path.is_file()}
 
 
@@ -180,6 +200,7 @@ def _paired(
     kind: str,
     headroom: float,
     drawn: Mapping[tuple[str, int], F64],
+    printed: Printed,
 ) -> dict[str, Any] | None:
     seeds = sorted(set(rows.get(name, {})) & set(rows.get(against, {})))
     if not seeds:
@@ -187,8 +208,11 @@ def _paired(
     mine, theirs = rows[name], rows[against]
     t = paired_t([mine[s]["nds"] for s in seeds], [theirs[s]["nds"] for s in seeds])
     t_map = paired_t([mine[s]["map"] for s in seeds], [theirs[s]["map"] for s in seeds])
-    pairs = [(drawn[name, s], drawn[against, s]) for s in seeds if (name, s) in drawn and (against, s) in drawn]
-    low, high = scene_bootstrap(pairs) if len(pairs) == len(seeds) else (math.nan, math.nan)
+    seen = [s for s in seeds if (name, s) in drawn and (against, s) in drawn]
+    low, high = scene_bootstrap([(drawn[name, s], drawn[against, s]) for s in seen])
+    before = printed.over_scenes(name, kind, against)
+    if len(before[2]) > len(seen):
+        low, high, seen = before
     return {
         "method": name,
         "kind": kind,
@@ -198,6 +222,7 @@ def _paired(
         "high": _number(t.high),
         "low_scenes": _number(low),
         "high_scenes": _number(high),
+        "seeds_scenes": [] if math.isnan(low) else seen,
         "parts_nds": _parts_nds([mine[s] for s in seeds], [theirs[s] for s in seeds]),
         "gain_map": _number(t_map.mean),
         "low_map": _number(t_map.low),
@@ -207,9 +232,14 @@ def _paired(
         "p_holm": None,
         "gap_closed": _number(t.mean / headroom) if headroom > 0 else None,
         "published_gain_nds": PUBLISHED_GAIN_NDS.get(name) if kind == "system" else None,
-        "equal_weights": kind != "at test" and all(mine[s]["weights_sha256"] == theirs[s]["weights_sha256"] for s in seeds),
+        "equal_weights": kind != "at test" and all(_weights(mine[s]) == _weights(theirs[s]) for s in seeds),
         "seeds": seeds,
     }
+
+
+def _weights(score: Score) -> str:
+    """As printed."""
+    return str(score["weights_sha256"][:16])
 
 
 def _costs(scores: Sequence[Score]) -> list[dict[str, Any]]:
@@ -285,19 +315,24 @@ def _independent(out: Path, draws: int) -> dict[str, Any] | None:
     return {key: report[key] for key in ("commands", "admission", "rows", "paired")}
 
 
-def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None) -> dict[str, Any]:
+def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None, also: Sequence[Path] = ()) -> dict[str, Any]:
     """Read every score under ``out`` and write ``results.json`` and ``results.md`` there, and in ``docs`` if given. A
     robustness table in ``out/robustness`` is appended, and so are the gains of a benchmark in ``out/independent`` (the same
     with ``--materials independent``).
 
     draws: of the scene bootstrap; default ``SCENE_DRAWS`` where ``docs`` is given, else none (it takes seconds a row). A row is
     compared with the twin that it has in today's plan, whatever it had when it was run; tried settings keep theirs.
+    also: printed tables (``results.json``) whose rows stand in this one too; their runs need not be there, so an interval over
+    scenes may be of fewer seeds than the gain (``seeds_scenes``).
     """
     from pipelines.bench_distill import read_scores
 
     plan = {row.name: row for row in all_rows()}
     place = {name: i for i, name in enumerate(plan)}  # teachers first, then the order of the plan
-    scores = sorted(read_scores(out), key=lambda s: (place.get(s["row"], -1), s["row"], s["seed"]))
+    printed = read_printed(also)
+    found = read_scores(out)
+    everything, differing = joined(found, printed.scores)
+    scores = sorted(everything, key=lambda s: (place.get(s["row"], -1), s["row"], s["seed"]))
     scores = [{**s, "twin": plan[s["row"]].twin} if s["row"] in plan else s for s in scores]
     rows = _by_row(scores)
     count = draws if draws is not None else (SCENE_DRAWS if docs is not None else 0)
@@ -312,29 +347,30 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
         headroom = _headroom(rows, facts)
         if facts.get("twin"):
             kind = {"defect": "price", "network": "network", "at test": "at test"}.get(facts["kind"], "distillation")
-            paired.append(_paired(rows, name, facts["twin"], kind, headroom, drawn))
+            paired.append(_paired(rows, name, facts["twin"], kind, headroom, drawn, printed))
         if facts["kind"] == "method":
-            paired.append(_paired(rows, name, "plain", "system", headroom, drawn))
+            paired.append(_paired(rows, name, "plain", "system", headroom, drawn, printed))
         if facts["kind"] == "control" and facts["method"] in rows:
-            paired.append(_paired(rows, facts["method"], name, "over control", headroom, drawn))
+            paired.append(_paired(rows, facts["method"], name, "over control", headroom, drawn, printed))
     known = [p for p in paired if p is not None]
     main = {p["method"]: p["p"] for p in known if p["kind"] == "distillation"}
-    found = {name: main.get(name) for name in PUBLISHED_GAIN_NDS}
-    adjusted = holm({k: math.nan if v is None else v for k, v in found.items()})
+    adjusted = holm({name: math.nan if (p := main.get(name)) is None else p for name in PUBLISHED_GAIN_NDS})
     for p in known:
         if p["kind"] == "distillation" and p["method"] in adjusted:
             p["p_holm"] = _number(adjusted[p["method"]])
+    commands = json.loads((out / "commands.json").read_text()) if (out / "commands.json").is_file() else []
     report = {
         "v": 1,
         "preset": first["preset"] if first else None,
         "materials": first["materials"] if first else None,
         "cache": first["asked"]["cache"] if first else None,
         "versions": first["versions"] if first else {},
-        "commands": json.loads((out / "commands.json").read_text()) if (out / "commands.json").is_file() else [],
+        "commands": list(dict.fromkeys([*printed.commands, *commands])),
+        "printed": len(everything) - len(found),
         "admission": admission,
         "spread": spread,
         "unfit": _unfit(rows, admission, spread),
-        "mixed": _mixed(rows),
+        "mixed": [*_mixed(rows), *printed.differing, *differing],
         "unfinished": _unfinished(rows),
         "rows": [
             {
@@ -348,15 +384,17 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
                 "map_by_range": [_number(r["map"]) for r in s["map_by_range"]],
                 "steps": s["steps"],
                 "identity": s["identity"][:16],
-                "weights_sha256": s["weights_sha256"][:16],
+                "weights_sha256": _weights(s),
+                "settings": _settings(s),
+                "made_by": s.get("made_by"),
             }
             for runs in rows.values()
             for s in runs.values()
         ],
         "paired": known,
-        "costs": _costs(scores),
-        "pull": _pull(rows),
-        "independent": _independent(out / "independent", count),
+        "costs": [printed.costs.get(line["row"], line) for line in _costs(scores)],
+        "pull": [line for name in rows for line in printed.pull.get(name) or _pull({name: rows[name]})],
+        "independent": _independent(out / "independent", count) or printed.independent,
     }
     text = markdown(report)
     table = out / "robustness" / "robustness.md"  # of `imkd evaluate --robustness --out OUT/robustness`, where it was run

@@ -21,6 +21,12 @@ def _interval(low: Any, high: Any) -> str:
     return "-" if low is None or high is None else f"[{low:+.2f}, {high:+.2f}]"
 
 
+def _fewer(pair: Mapping[str, Any]) -> str:
+    """Of how many seeds an interval over scenes is, where the gain is of more."""
+    seeds = pair["seeds_scenes"]
+    return f" ({len(seeds)} seeds)" if seeds and len(seeds) < len(pair["seeds"]) else ""
+
+
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return [*out, *("| " + " | ".join(line) + " |" for line in lines), ""]
@@ -36,6 +42,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         *([f"**No claim is made from this table:** {'; '.join(report['unfit'])}.", ""] if report["unfit"] else []),
         *([f"**Runs that differ in more than row and seed:** {'; '.join(report['mixed'])}.", ""] if report["mixed"] else []),
         *([f"**Unfinished, no claim is made from them:** {'; '.join(report['unfinished'])}."] if report["unfinished"] else []),
+        *(["", _printed(report["printed"], len(report["rows"]))] if report["printed"] else []),
         "",
         "```",
         *report["commands"],
@@ -113,6 +120,13 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(out)
 
 
+def _printed(count: int, rows: int) -> str:
+    return (
+        f"{count} of the {rows} scores come from a table that was printed before (`--also`); their runs were not read again. "
+        "Costs and pull of their rows are as printed, and an interval over scenes is of the seeds named there."
+    )
+
+
 def _hardest(found: Mapping[str, Any]) -> str:
     return f"{_show(found['share'], 3)} {found['part']}"
 
@@ -141,7 +155,7 @@ def _gains(paired: Sequence[Mapping[str, Any]]) -> list[str]:
                 p["against"],
                 "same weights" if p["equal_weights"] else _show(p["gain_nds"], sign=True),
                 _interval(p["low"], p["high"]),
-                _interval(p["low_scenes"], p["high_scenes"]),
+                _interval(p["low_scenes"], p["high_scenes"]) + _fewer(p),
                 _show(p["smallest_detectable_nds"]),
                 _show(p["gain_map"], sign=True),
                 _interval(p["low_map"], p["high_map"]),

@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,7 +46,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         calls.setdefault("teachers", {})[row] = sorted(teachers)
         folder = out / "step-1.ckpt"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "checkpoint.json").write_text(json.dumps({"weights_sha256": out.as_posix(), "step": run.max_steps}))
+        digest = sha256(out.as_posix().encode()).hexdigest()
+        (folder / "checkpoint.json").write_text(json.dumps({"weights_sha256": digest, "step": run.max_steps}))
         if not (out / "last.ckpt").exists():
             (out / "last.ckpt").symlink_to(folder.name)
         return SimpleNamespace(step=run.max_steps, losses={"det": 1.0})
@@ -239,7 +241,8 @@ def test_crkds_schedule_goes_on_from_a_trained_student(fake: dict[str, Any]) -> 
     (pair,) = [p for p in report["paired"] if p["method"] == "crkd/continued_B4"]
     assert (pair["kind"], pair["against"], pair["seeds"]) == ("distillation", "crkd/continued_A4", [3])
     score = json.loads((fake["out"] / "runs/crkd/continued_B4/seed3/score.json").read_text())
-    assert score["asked"]["run"]["start"] == begun.as_posix().removesuffix("/last.ckpt"), "known by its weights, not its path"
+    weights = json.loads((begun / "checkpoint.json").read_text())["weights_sha256"]
+    assert score["asked"]["run"]["start"] == weights, "known by its weights, not its path"
     assert "probe" in score
     trained = len(fake["trained"])
     assert _run(fake, rows=("crkd/continued_B4",), seeds=(3,), admission=False) == report and len(fake["trained"]) == trained
@@ -350,7 +353,7 @@ def test_a_benchmark_that_was_copied_without_its_world_makes_it_again(tmp_path: 
 def test_the_report_of_real_data_has_intervals_over_scenes(fake: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without ``--docs`` too: with one seed they are the only ones."""
     asked: list[int | None] = []
-    monkeypatch.setattr("pipelines.bench_report.write_report", lambda out, docs, draws=None: asked.append(draws) or {})
+    monkeypatch.setattr("pipelines.bench_report.write_report", lambda out, docs, draws=None, **rest: asked.append(draws) or {})
     for preset in ("nuscenes", "smoke"):
         _run(fake, out=fake["out"] / preset, preset=preset, rows=("plain",), seeds=(0,), world=fake["out"].parent, cache="C")
     assert asked == [SCENE_DRAWS, None]
