@@ -15,6 +15,7 @@ from pipelines.bench_rows import Row, all_rows
 __all__ = ["Printed", "joined", "read_printed"]
 
 Score = Mapping[str, Any]
+_OF_SCORES = ("gain_nds", "low", "high", "parts_nds", "gain_map", "low_map", "high_map", "smallest_detectable_nds", "p")
 _PARTS = ("preset", "materials", "cache", "versions", "commands", "rows", "paired", "costs", "pull", "independent")
 
 
@@ -43,6 +44,11 @@ class Printed:
             return math.nan, math.nan, []
         return low, high, list(line.get("seeds_scenes", line["seeds"]))
 
+    def of_scores(self, row: str, kind: str, against: str, seeds: Sequence[int]) -> dict[str, Any]:
+        """What a printed gain over exactly these seeds has that follows from scores; nothing where there is no such gain."""
+        line = self.paired.get((row, kind, against), {})
+        return {k: line[k] for k in _OF_SCORES} if line.get("seeds") == list(seeds) else {}
+
 
 def read_printed(paths: Sequence[Path]) -> Printed:
     """``results.json`` files of one benchmark. Where two hold the same run or row, the first speaks.
@@ -63,7 +69,7 @@ def read_printed(paths: Sequence[Path]) -> Printed:
         scores=scores,
         differing=differing,
         commands=list(dict.fromkeys(c for report in reports for c in report["commands"])),
-        costs={line["row"]: line for report in later_first for line in report["costs"]},
+        costs={line["row"]: {"stored_teachers": False, **line} for report in later_first for line in report["costs"]},
         pull={name: lines for report in later_first for name, lines in _by_row(report["pull"]).items()},
         paired={(p["method"], p["kind"], p["against"]): p for report in later_first for p in report["paired"]},
         independent=next((report["independent"] for report in reports if report["independent"]), None),

@@ -213,7 +213,7 @@ def _paired(
     before = printed.over_scenes(name, kind, against)
     if len(before[2]) > len(seen):
         low, high, seen = before
-    return {
+    line = {
         "method": name,
         "kind": kind,
         "against": against,
@@ -235,6 +235,9 @@ def _paired(
         "equal_weights": kind != "at test" and all(_weights(mine[s]) == _weights(theirs[s]) for s in seeds),
         "seeds": seeds,
     }
+    if any("folder" in rows[row][s] for row in (name, against) for s in seeds):
+        return line
+    return line | printed.of_scores(name, kind, against, seeds)  # all are printed: so is this, from scores of more digits
 
 
 def _weights(score: Score) -> str:
@@ -380,7 +383,7 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
                 "seed": s["seed"],
                 "nds": _number(s["nds"]),
                 "map": _number(s["map"]),
-                "errors": {k: _number(v) for k, v in s["errors"].items()},
+                "errors": {k: round(v, 5) for k, v in s["errors"].items()},  # a thousandth is 0.01 NDS
                 "map_by_range": [_number(r["map"]) for r in s["map_by_range"]],
                 "steps": s["steps"],
                 "identity": s["identity"][:16],

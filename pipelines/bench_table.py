@@ -23,7 +23,7 @@ def _interval(low: Any, high: Any) -> str:
 
 def _fewer(pair: Mapping[str, Any]) -> str:
     """Of how many seeds an interval over scenes is, where the gain is of more."""
-    seeds = pair["seeds_scenes"]
+    seeds = pair.get("seeds_scenes", pair["seeds"])  # an older table's: of all
     return f" ({len(seeds)} seeds)" if seeds and len(seeds) < len(pair["seeds"]) else ""
 
 
