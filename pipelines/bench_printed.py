@@ -65,13 +65,14 @@ def read_printed(paths: Sequence[Path]) -> Printed:
         scores, other = joined(scores, lines, path)
         differing += other
     later_first = reports[::-1]
+    gains = [p for report in later_first for p in report["paired"]]  # of one over more seeds the interval says more
     return Printed(
         scores=scores,
         differing=differing,
         commands=list(dict.fromkeys(c for report in reports for c in report["commands"])),
         costs={line["row"]: {"stored_teachers": False, **line} for report in later_first for line in report["costs"]},
         pull={name: lines for report in later_first for name, lines in _by_row(report["pull"]).items()},
-        paired={(p["method"], p["kind"], p["against"]): p for report in later_first for p in report["paired"]},
+        paired={(p["method"], p["kind"], p["against"]): p for p in sorted(gains, key=lambda p: len(p["seeds"]))},
         independent=next((report["independent"] for report in reports if report["independent"]), None),
     )
 

@@ -25,6 +25,7 @@ ROWS = ("plain", "camera_only", "radar_only", "imkd", "imkd_occupancy", "crkd")
 def _printed(fake: dict[str, Any], tmp_path: Path, **values: Any) -> tuple[Path, dict[str, Any]]:
     """A finished benchmark's results.json, kept; the benchmark itself is gone."""
     report = _run(fake, rows=ROWS, **values)
+    tmp_path.mkdir(exist_ok=True)
     kept = tmp_path / "kept.json"
     shutil.copyfile(fake["out"] / "results.json", kept)
     shutil.rmtree(fake["out"])
@@ -155,6 +156,20 @@ def test_intervals_over_scenes_are_kept_and_say_of_how_many_seeds(
         del line["seeds_scenes"]
     kept.write_text(json.dumps(older))
     assert read_printed([kept]).over_scenes("crkd", "distillation", first["against"])[2] == [0, 1]
+
+
+def test_of_two_tables_the_gain_over_more_seeds_gives_the_interval(fake: dict[str, Any], tmp_path: Path) -> None:
+    kept, _ = _printed(fake, tmp_path, seeds=(0,))
+    other, _ = _printed(fake, tmp_path / "other", seeds=(1, 2))
+    for path, width in ((kept, 1.0), (other, 2.0)):
+        report = json.loads(path.read_text())
+        for line in report["paired"]:
+            line |= {"low_scenes": -width, "high_scenes": width, "seeds_scenes": line["seeds"]}
+        path.write_text(json.dumps(report))
+    for tables in ([kept, other], [other, kept]):
+        assert read_printed(tables).over_scenes("crkd", "distillation", "crkd_twin") == (-2.0, 2.0, [1, 2])
+    gain = next(p for p in write_report(tmp_path, None, also=[kept, other])["paired"] if p["method"] == "crkd")
+    assert gain["seeds"] == [0, 1, 2] and gain["seeds_scenes"] == [1, 2]
 
 
 @pytest.mark.parametrize(("key", "value"), [("preset", "long"), ("materials", "independent"), ("cache", "other")])
