@@ -8,14 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from imkd_data.errors import MismatchError, StorageError
+from imkd_data.errors import MismatchError, StorageError, UsageError
 from imkd_data.recipe import canonical_json
 from pipelines.bench_presets import Preset
 from pipelines.bench_world import write_json
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from imkd_data.cache.store import Cache
     from pipelines.run import Run
 
-__all__ = ["Bench", "score_again", "settings_of", "train_and_score"]
+__all__ = ["Bench", "run_of", "score_again", "settings_of", "train_and_score"]
 
 ERRORS = {"trans_err": "mATE", "scale_err": "mASE", "orient_err": "mAOE", "vel_err": "mAVE", "attr_err": "mAAE"}
 RINGS_M = ((0.0, 20.0), (20.0, 30.0), (30.0, 50.0))
@@ -65,6 +65,28 @@ class Bench:
     def device(self) -> str:
         """Where scores are computed."""
         return device_of(self.accelerator)
+
+
+def run_of(bench: Bench, network: str, *, seed: int) -> Run:
+    """The preset's run of a network (lidar, label, fusion, student) with the benchmark's settings, steps and share of a batch.
+
+    Raises:
+        UsageError: the devices cannot share the batch.
+    """
+    from pipelines.runs import get_run
+
+    run = get_run(bench.preset.networks[network]).with_settings({k: str(v) for k, v in bench.settings.items()})
+    run = run.with_values(loader=replace(run.loader, leave_out=bench.held_in))
+    run = run.with_values(seed=seed, tensorboard=False, keep=1)
+    if bench.devices > 1 and not run.global_batch:  # full-size runs say their global batch themselves
+        if run.batch_size % bench.devices:
+            wanted, found = f"a divisor of {run.batch_size}", f"--devices {bench.devices}"
+            raise UsageError("the devices cannot share the batch", expected=wanted, found=found)
+        run = run.with_values(global_batch=run.batch_size, batch_size=run.batch_size // bench.devices)
+    if network not in bench.steps:  # a full-size run keeps its own epochs and checkpoints
+        return run
+    steps = bench.steps[network]
+    return run.with_max_steps(steps).with_values(checkpoint_every=max(100, steps // 4), log_every=max(1, steps // 50))
 
 
 def train_and_score(

@@ -8,25 +8,21 @@ run that no other holds.
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from imkd_data.errors import MismatchError, SourceMissingError, UsageError
 from imkd_data.world import world_options
-from pipelines.bench_cell import Bench, score_again, train_and_score
+from pipelines.bench_cell import Bench, run_of, score_again, train_and_score
 from pipelines.bench_presets import PRESETS
 from pipelines.bench_printed import Printed, read_printed
 from pipelines.bench_rows import Row, all_rows, rows_of, with_tries
-from pipelines.bench_world import make_cache, make_world, store_teachers, write_json
+from pipelines.bench_teachers import maps_of, maps_read, store_teachers, train_teachers
+from pipelines.bench_world import held, make_cache, make_world, write_json
 from pipelines.device import device_of
-
-if TYPE_CHECKING:
-    from pipelines.run import Run
 
 __all__ = ["BenchTick", "bench_distill", "read_scores"]
 
@@ -151,7 +147,7 @@ def bench_distill(
     if world is not None:
         _check_world(Path(world), None if chosen.real else materials)
     root.mkdir(parents=True, exist_ok=True)
-    with _held(root / "world", wait=world is None or cache is None):
+    with held(root / "world", wait=world is None or cache is None):
         tree = Path(world) if world is not None else make_world(root, chosen, materials, workers, tell)
         opened = open_cache(Path(cache) if cache is not None else make_cache(root, tree, chosen, tell))
     bench = Bench(
@@ -169,9 +165,9 @@ def bench_distill(
         held_in=held_in,
     )
     state["total"] = len(cells)
-    given = _teachers(bench, plan, None if teachers is None else Path(teachers), judged=not printed.has("teacher_lidar"))
-    if chosen.stored_teachers and (maps := _maps_read(plan, given)):
-        with _held(root / "stored", wait=True):
+    given = train_teachers(bench, plan, None if teachers is None else Path(teachers), judged=not printed.has("teacher_lidar"))
+    if chosen.stored_teachers and (maps := maps_read(plan, given)):
+        with held(root / "stored", wait=True):
             bench = replace(bench, stored=store_teachers(root, opened, maps, bench.device, tell))
     new = 0
     for row, seed in cells:
@@ -195,7 +191,7 @@ def bench_distill(
         if first and not (_run_folder(bench, first, seed) / "score.json").is_file():
             tell(f"{row.name} seed {seed}: {first} is not finished yet; the same command runs it then")
             continue
-        with _held(_folder(bench, row, seed), wait=False) as mine:
+        with held(_folder(bench, row, seed), wait=False) as mine:
             if not mine:
                 tell(f"{row.name} seed {seed}: held by another process")
                 continue
@@ -226,20 +222,6 @@ def _check_world(tree: Path, materials: str | None) -> None:
         )
 
 
-@contextmanager
-def _held(folder: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold a folder against other processes of the same benchmark on this machine; the system lets go when a process dies.
-    Without ``wait``: False where another holds it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-
-
 def _with_baselines(plan: Sequence[Row], preset: str, printed: Printed) -> list[Row]:
     """The plan; where it has more than baselines, with those that the admission test reads and no table has, first seed."""
     have = {row.name for row in plan}
@@ -253,7 +235,7 @@ def _finish_baselines(bench: Bench, cells: Sequence[tuple[Row, int]]) -> None:
     left when it ended."""
     for row, seed in cells:
         if row.kind == "baseline" and seed == cells[0][1] and not (_folder(bench, row, seed) / "score.json").is_file():
-            with _held(_folder(bench, row, seed), wait=True):
+            with held(_folder(bench, row, seed), wait=True):
                 run_cell(bench, row, seed, {})
 
 
@@ -277,7 +259,7 @@ def _remember_command(
     words += [f"--steps {k}={v}" for k, v in steps.items()] + [f"--set {k}={v}" for k, v in settings.items()]
     line = " ".join(words) + (" --no-admission" if admission is False else "") + f" --out DIR --docs {docs}"
     path = root / "commands.json"
-    with _held(path, wait=True):
+    with held(path, wait=True):
         known = json.loads(path.read_text()) if path.is_file() else []
         if line not in known:
             write_json(path, [*known, line])
@@ -305,98 +287,6 @@ def _without_printed(cells: Sequence[tuple[Row, int]], printed: Printed) -> list
     return [(row, seed) for row, seed in cells if (row, seed) in lacking or (row.name, seed) in read]
 
 
-# ----------------------------------------------------------------------------------------------------------------- runs
-
-
-def _teachers(bench: Bench, plan: Sequence[Row], borrowed: Path | None, *, judged: bool = True) -> dict[str, Path]:
-    """Checkpoints of the shared teachers that the plan uses: trained and scored once, or those of another benchmark. judged:
-    the LiDAR teacher in any case, as admission reads its score."""
-    from imkd_models.distill import make_method
-
-    wanted: set[str] = {"lidar"} if judged else set()
-    for row in plan:
-        if row.method:
-            method = make_method(row.method)
-            wanted |= set(method.teachers_for(method.make_options(row.options)))
-    wanted |= {"lidar"} if "label" in wanted else set()
-    made: dict[str, Path] = {}
-    for name in [n for n in bench.preset.networks if n in wanted]:
-        folder = bench.out / "teachers" / name
-        if borrowed is not None:
-            made[name] = _borrow(borrowed / "teachers" / name, folder)
-            continue
-        given = {"lidar": made["lidar"]} if name == "label" else {}
-        if (folder / "score.json").is_file() and not (folder / "train" / "last.ckpt").exists():
-            bench.tell(
-                f"teacher {name}: only its score is here, borrowed before; trained now (--teachers OUT borrows it again)"
-            )
-            (folder / "score.json").unlink(missing_ok=True)
-        run = _run(bench, name, seed=0)
-        facts = {"row": f"teacher_{name}", "kind": "teacher", "seed": 0, "twin": None}
-        with _held(folder, wait=True):
-            train_and_score(bench, folder, run, given, facts=facts)
-        made[name] = folder / "train" / "last.ckpt"
-    return made
-
-
-def _borrow(theirs: Path, folder: Path) -> Path:
-    """The finished teacher of another benchmark; its score is copied, so that the table shows it. Errors: UsageError where
-    there is none; MismatchError where this benchmark has trained one."""
-    if not (theirs / "score.json").is_file():
-        raise UsageError(
-            "no finished teacher there", expected=f"{theirs}/score.json", found="nothing", next="--teachers OUT of a benchmark"
-        )
-    if theirs.resolve() != folder.resolve():
-        if (folder / "train").exists():
-            raise MismatchError(
-                "this benchmark has a teacher of its own", file=str(folder), next="leave out --teachers, or use another --out"
-            )
-        write_json(folder / "score.json", json.loads((theirs / "score.json").read_text()))
-    return theirs / "train" / "last.ckpt"
-
-
-def _maps_of(row: Row) -> dict[str, tuple[str, ...]]:
-    """What a row's method can read of stored maps: teacher -> maps; nothing of label encoders, nor of altered teachers."""
-    from imkd_models.distill import make_method
-    from imkd_models.distill.crkd import ALTER_TEACHER
-    from pipelines.cache_teacher import stored_maps
-
-    if not row.method:
-        return {}
-    method = make_method(row.method)
-    options = method.make_options(row.options)
-    if ALTER_TEACHER & {*getattr(options, "defects", ())}:
-        return {}
-    needs = method.needs_for(options).teachers
-    return {name: stored_maps(features) for name, features in needs.items() if name != "label"}
-
-
-def _maps_read(plan: Sequence[Row], given: Mapping[str, Path]) -> dict[Path, tuple[str, ...]]:
-    """``_maps_of`` all rows: checkpoint -> maps."""
-    wanted: dict[Path, dict[str, None]] = {}
-    for row in plan:
-        for name, maps in _maps_of(row).items():
-            wanted.setdefault(given[name], {}).update(dict.fromkeys(maps))
-    return {checkpoint: tuple(maps) for checkpoint, maps in wanted.items()}
-
-
-def _run(bench: Bench, network: str, *, seed: int) -> Run:
-    from pipelines.runs import get_run
-
-    run = get_run(bench.preset.networks[network]).with_settings({k: str(v) for k, v in bench.settings.items()})
-    run = run.with_values(loader=replace(run.loader, leave_out=bench.held_in))
-    run = run.with_values(seed=seed, tensorboard=False, keep=1)
-    if bench.devices > 1 and not run.global_batch:  # full-size runs say their global batch themselves
-        if run.batch_size % bench.devices:
-            wanted, found = f"a divisor of {run.batch_size}", f"--devices {bench.devices}"
-            raise UsageError("the devices cannot share the batch", expected=wanted, found=found)
-        run = run.with_values(global_batch=run.batch_size, batch_size=run.batch_size // bench.devices)
-    if network not in bench.steps:  # a full-size run keeps its own epochs and checkpoints
-        return run
-    steps = bench.steps[network]
-    return run.with_max_steps(steps).with_values(checkpoint_every=max(100, steps // 4), log_every=max(1, steps // 50))
-
-
 def _folder(bench: Bench, row: Row, seed: int) -> Path:
     return _run_folder(bench, row.name, seed)
 
@@ -414,7 +304,7 @@ def run_cell(bench: Bench, row: Row, seed: int, teachers: Mapping[str, Path]) ->
     if row.sim_at_test:
         trained = _run_folder(bench, str(row.twin), seed)
         return score_again(bench, _folder(bench, row, seed), trained, row.sim_at_test, facts=facts)
-    run = _run(bench, "student", seed=seed)
+    run = run_of(bench, "student", seed=seed)
     run = run.with_values(model={**run.model, **row.model}).with_settings(row.settings)
     if row.start:
         begun = _run_folder(bench, row.start, seed) / "train" / "last.ckpt"
@@ -424,7 +314,7 @@ def run_cell(bench: Bench, row: Row, seed: int, teachers: Mapping[str, Path]) ->
         method = make_method(row.method)
         given = {n: teachers[n] for n in method.teachers_for(method.make_options(row.options))}
         run = run.with_method(row.method).with_values(options=dict(row.options))
-        if bench.stored is not None and _maps_of(row):
+        if bench.stored is not None and maps_of(row):
             run = run.with_values(loader=replace(run.loader, cached_teachers=True))
     return train_and_score(bench, _folder(bench, row, seed), run, given, facts=facts)
 

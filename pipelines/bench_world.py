@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from imkd_data.errors import MismatchError
 from pipelines.bench_presets import Preset
 
-if TYPE_CHECKING:
-    from imkd_data.cache.store import Cache
+__all__ = ["held", "make_cache", "make_world", "write_json"]
 
-__all__ = ["make_cache", "make_world", "store_teachers", "write_json"]
+
+@contextmanager
+def held(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold a folder against other processes of the same benchmark on this machine; the system lets go when a process dies.
+    Without ``wait``: False where another holds it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -81,48 +93,3 @@ def make_cache(root: Path, tree: Path, preset: Preset, tell: Callable[[str], Non
         progress=lambda event: tell(f"cache {event.done}/{event.total} {event.text}"),
     )
     return path
-
-
-def store_teachers(
-    root: Path, cache: Cache, wanted: Mapping[Path, Sequence[str]], device: str, tell: Callable[[str], None]
-) -> Cache:
-    """``root/stored``: the cache with teachers' maps (checkpoint -> features) as further fields. ``cache`` itself stays as it
-    is: its files are linked where the disk can, and files of a cache are replaced, never changed in place.
-
-    Raises:
-        MismatchError: ``root/stored`` was made from another cache.
-    """
-    from imkd_data import open_cache
-    from imkd_models.checkpoint import load_checkpoint
-    from pipelines.cache_teacher import cache_features, field_name
-
-    path = root / "stored"
-    if not path.exists():
-        part = root / ".stored.part"
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(cache.path, part, copy_function=_linked)
-        part.rename(path)
-    found: Cache = open_cache(path)
-    fields = cache.manifest["fields"]
-    if other := [name for name in fields if found.manifest["fields"].get(name) != fields[name]]:
-        raise MismatchError(
-            "the stored teacher maps belong to another cache",
-            expected=f"{', '.join(other)} as in {cache.path}",
-            file=str(path),
-            next="delete this folder; it is made again",
-        )
-    for checkpoint, features in wanted.items():
-        digest = str(load_checkpoint(checkpoint).meta["weights_sha256"])
-        if any(field_name(digest, f) not in found.fields for f in features):
-            tell(f"storing {', '.join(features)} of {checkpoint}")
-            cache_features(checkpoint, path, features, device=device)
-            found = open_cache(path)
-    _ = found.index  # read now, while no other process adds maps: it belongs to the manifest that was read
-    return found
-
-
-def _linked(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or one without links
-        shutil.copy2(source, target)

@@ -28,7 +28,8 @@ from pipelines.bench_presets import PRESETS, PUBLISHED_GAIN_NDS
 from pipelines.bench_report import SCENE_DRAWS, _costs, _parts_nds, _reads_stored, admission_test
 from pipelines.bench_rows import BLOCKS, Row, all_rows, rows_of, with_tries
 from pipelines.bench_statistics import holm, smallest_detectable
-from pipelines.bench_world import make_world, store_teachers
+from pipelines.bench_teachers import maps_of, maps_read, store_teachers
+from pipelines.bench_world import held, make_world
 
 GAIN = {"teacher_lidar": 20.0, "teacher_fusion": 21.0, "camera_only": -5.0, "radar_only": -12.0, "imkd": 3.0, "crkd": 1.0}
 
@@ -209,7 +210,7 @@ def test_a_row_at_test_scores_its_twins_network_and_trains_nothing(fake: dict[st
 
 def test_a_row_at_test_waits_for_a_network_that_another_process_trains(fake: dict[str, Any]) -> None:
     row, twin, said = "adaptive_smooth/11_sim_noise", fake["out"] / "runs/adaptive_smooth/seed0", []
-    with bench._held(twin, wait=True):
+    with held(twin, wait=True):
         report = _run(fake, rows=(row,), seeds=(0,), progress=lambda tick: said.append(tick.text))
     assert row not in {r["method"] for r in report["rows"]} and any(
         "adaptive_smooth is not finished yet" in text for text in said
@@ -251,7 +252,7 @@ def test_crkds_schedule_goes_on_from_a_trained_student(fake: dict[str, Any]) -> 
 def test_a_row_that_goes_on_waits_for_its_start(fake: dict[str, Any]) -> None:
     values: dict[str, Any] = {"rows": ("crkd/continued_A3",), "seeds": (0,), "admission": False}
     said: list[str] = []
-    with bench._held(fake["out"] / "runs" / A2 / "seed0", wait=True):
+    with held(fake["out"] / "runs" / A2 / "seed0", wait=True):
         _run(fake, **values, progress=lambda tick: said.append(tick.text))
     assert f"crkd/continued_A3 seed 0: {A2} is not finished yet; the same command runs it then" in said
     assert not any(name == "crkd/continued_A3" for _, name in fake["trained"])
@@ -372,12 +373,12 @@ def test_a_row_has_the_twin_of_todays_plan(fake: dict[str, Any]) -> None:
 def test_rows_whose_teacher_is_altered_read_no_stored_maps() -> None:
     rows = {r.name: r for r in all_rows("long")}
     for name, reads in (("", True), ("+teacher_backbone_reset", False), ("+half_points", False), ("+divide_by_batch", True)):
-        assert bool(bench._maps_of(rows[f"crkd{name}"])) == reads
-    assert not bench._maps_of(with_tries([], ["crkd:defects=half_points"])[-1])
+        assert bool(maps_of(rows[f"crkd{name}"])) == reads
+    assert not maps_of(with_tries([], ["crkd:defects=half_points"])[-1])
     for method, options, marked in (("dual_distill", {}, True), ("dual_distill", METHODS["dual_distill"].twin_options, False)):
         run = {"method": method, "options": dict(options), "loader": {"cached_teachers": True}}
         assert _reads_stored({"asked": {"run": run}}) == marked
-    assert not bench._maps_of(rows["crkd+teacher_batch_statistics"]) and not bench._maps_of(rows["dual_distill_twin"])
+    assert not maps_of(rows["crkd+teacher_batch_statistics"]) and not maps_of(rows["dual_distill_twin"])
 
 
 def test_the_printed_command_names_the_folder_that_was_asked_for(
@@ -559,7 +560,7 @@ def test_a_setting_that_came_later_keeps_finished_runs(fake: dict[str, Any]) -> 
 def test_two_processes_share_one_table(fake: dict[str, Any]) -> None:
     """What another process holds is left to it; the rest is run, and the table is whole once both are done."""
     lines: list[str] = []
-    with bench._held(fake["out"] / "runs" / "imkd" / "seed1", wait=False) as mine:
+    with held(fake["out"] / "runs" / "imkd" / "seed1", wait=False) as mine:
         assert mine
         _run(fake, methods=("imkd",), progress=lambda t: lines.append(t.text))
     assert "imkd seed 1: held by another process" in lines
@@ -574,7 +575,7 @@ def test_admission_waits_for_baselines_of_another_process(fake: dict[str, Any]) 
     entered, waited = threading.Event(), []
 
     def other() -> None:
-        with bench._held(fake["out"] / "runs" / "camera_only" / "seed0", wait=False) as mine:
+        with held(fake["out"] / "runs" / "camera_only" / "seed0", wait=False) as mine:
             assert mine
             entered.set()
             while ("seed0", "plain") not in fake["trained"]:
@@ -583,11 +584,11 @@ def test_admission_waits_for_baselines_of_another_process(fake: dict[str, Any]) 
             waited.append(any(row == "imkd" for _, row in fake["trained"]))
             rows = {r.name: r for r in rows_of(("main",))}
             chosen = PRESETS["tiny"]
-            held = cell.Bench(
+            theirs = cell.Bench(
                 out=fake["out"], preset=chosen, world=fake["out"], cache=SimpleNamespace(id="cache"), accelerator="cpu",
                 engine="devkit", tell=lambda text: None, steps=chosen.steps, settings=chosen.settings,
             )  # fmt: skip
-            bench.run_cell(held, rows["camera_only"], 0, {})
+            bench.run_cell(theirs, rows["camera_only"], 0, {})
 
     thread = threading.Thread(target=other)
     thread.start()
@@ -674,7 +675,7 @@ def test_a_baseline_whose_process_died_is_run_by_the_one_that_waited(fake: dict[
     entered = threading.Event()
 
     def other() -> None:
-        with bench._held(fake["out"] / "runs" / "camera_only" / "seed0", wait=False):
+        with held(fake["out"] / "runs" / "camera_only" / "seed0", wait=False):
             entered.set()
             while ("seed0", "plain") not in fake["trained"]:
                 time.sleep(0.01)
@@ -691,11 +692,11 @@ def test_several_devices_share_one_batch(tmp_path: Path) -> None:
     chosen = PRESETS["tiny"]
 
     def run(devices: int) -> Any:
-        held = cell.Bench(
+        asked = cell.Bench(
             out=tmp_path, preset=chosen, world=tmp_path, cache=SimpleNamespace(id="cache"), accelerator="cpu", engine="devkit",
             tell=lambda text: None, steps=chosen.steps, settings=chosen.settings, devices=devices,
         )  # fmt: skip
-        return bench._run(held, "student", seed=0)
+        return cell.run_of(asked, "student", seed=0)
 
     assert (run(1).batch_size, run(1).global_batch) == (2, 0)
     assert (run(2).batch_size, run(2).global_batch) == (1, 2)  # the same samples a step as on one device
@@ -835,9 +836,9 @@ def test_only_runs_that_read_maps_are_marked_so(fake: dict[str, Any], monkeypatc
 
 def test_only_maps_that_the_plan_reads_are_stored() -> None:
     given = {name: Path(name) for name in ("lidar", "label", "fusion")}
-    assert bench._maps_read(rows_of(("main",), names=("imkd_label_only",)), given) == {}
+    assert maps_read(rows_of(("main",), names=("imkd_label_only",)), given) == {}
     plan = rows_of(("main",), names=("imkd", "crkd"))
-    maps = bench._maps_read(plan, given)
+    maps = maps_read(plan, given)
     neck_for_the_head = {"bev_stage1", "bev_stage2", "bev_neck"}
     assert set(maps[Path("lidar")]) == neck_for_the_head
     assert "bev_neck" in maps[Path("fusion")] and "head" not in maps[Path("fusion")] and Path("label") not in maps

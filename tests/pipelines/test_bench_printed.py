@@ -10,19 +10,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_bench_distill import _run, fake
 
 from imkd_data.errors import InputDataError, MismatchError, SourceMissingError
 from pipelines.bench_printed import joined, read_printed
 from pipelines.bench_report import write_report
 from pipelines.bench_statistics import SceneMatches
-from tests.pipelines.test_bench_distill import _run, fake
 
-__all__ = ["fake"]
+__all__ = ["fake"]  # the fixture
 
+Fake = dict[str, Any]
 ROWS = ("plain", "camera_only", "radar_only", "imkd", "imkd_occupancy", "crkd")
 
 
-def _printed(fake: dict[str, Any], tmp_path: Path, **values: Any) -> tuple[Path, dict[str, Any]]:
+def _printed(fake: Fake, tmp_path: Path, **values: Any) -> tuple[Path, dict[str, Any]]:
     """A finished benchmark's results.json, kept; the benchmark itself is gone."""
     report = _run(fake, rows=ROWS, **values)
     tmp_path.mkdir(exist_ok=True)
@@ -44,7 +45,7 @@ def _near(mine: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> N
         assert a["parts_nds"] == pytest.approx(b["parts_nds"], abs=2e-3)
 
 
-def test_a_printed_table_alone_gives_itself_again(fake: dict[str, Any], tmp_path: Path) -> None:
+def test_a_printed_table_alone_gives_itself_again(fake: Fake, tmp_path: Path) -> None:
     """Every gain, p, cost, pull and admission check follows from the printed file; nothing is trained for it."""
     kept, before = _printed(fake, tmp_path)
     after = _run(fake, rows=ROWS, also=[kept])
@@ -58,7 +59,7 @@ def test_a_printed_table_alone_gives_itself_again(fake: dict[str, Any], tmp_path
     assert f"{len(after['rows'])} of the {len(after['rows'])} scores come from a table that was printed before" in text
 
 
-def test_seeds_run_elsewhere_make_one_table_with_the_printed_ones(fake: dict[str, Any], tmp_path: Path) -> None:
+def test_seeds_run_elsewhere_make_one_table_with_the_printed_ones(fake: Fake, tmp_path: Path) -> None:
     kept, _ = _printed(fake, tmp_path, seeds=(0, 1))
     apart = _run(fake, rows=("crkd",), seeds=(0, 1, 2), also=[kept])
     trained = {name for name in fake["trained"] if name[0].startswith("seed")}
@@ -73,7 +74,7 @@ def test_seeds_run_elsewhere_make_one_table_with_the_printed_ones(fake: dict[str
     assert [len(p["seeds"]) for p in apart["paired"] if p["method"] == "crkd"] == [3, 3]
 
 
-def test_a_printed_network_is_trained_again_where_another_row_goes_on_from_it(fake: dict[str, Any], tmp_path: Path) -> None:
+def test_a_printed_network_is_trained_again_where_another_row_goes_on_from_it(fake: Fake, tmp_path: Path) -> None:
     kept, _ = _printed(fake, tmp_path, seeds=(0,))
     first = "crkd_twin:calibration=false"
     values: dict[str, Any] = {"seeds": (0,), "also": [kept], "admission": False}
@@ -91,7 +92,7 @@ def test_a_printed_network_is_trained_again_where_another_row_goes_on_from_it(fa
     assert fake["trained"] == []
 
 
-def test_printed_rows_of_other_settings_or_code_are_named(fake: dict[str, Any], tmp_path: Path) -> None:
+def test_printed_rows_of_other_settings_or_code_are_named(fake: Fake, tmp_path: Path) -> None:
     kept, _ = _printed(fake, tmp_path, seeds=(0, 1))
     report = _run(fake, rows=("crkd",), seeds=(2,), also=[kept])
     assert report["mixed"] == []
@@ -109,7 +110,7 @@ def test_printed_rows_of_other_settings_or_code_are_named(fake: dict[str, Any], 
     assert [line.split(" of ")[0] for line in report["mixed"]] == ["code", "processor"]
 
 
-def test_a_run_that_is_made_again_counts_and_another_end_is_named(fake: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_that_is_made_again_counts_and_another_end_is_named(fake: Fake, tmp_path: Path) -> None:
     kept, _ = _printed(fake, tmp_path, seeds=(0, 1))
     report = json.loads(kept.read_text())
     for line in report["rows"]:
@@ -124,7 +125,7 @@ def test_a_run_that_is_made_again_counts_and_another_end_is_named(fake: dict[str
 
 
 def test_intervals_over_scenes_are_kept_and_say_of_how_many_seeds(
-    fake: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Printed ones where they are of more seeds than the runs that are here; computed ones else."""
     rng = np.random.default_rng(0)
@@ -158,7 +159,7 @@ def test_intervals_over_scenes_are_kept_and_say_of_how_many_seeds(
     assert read_printed([kept]).over_scenes("crkd", "distillation", first["against"])[2] == [0, 1]
 
 
-def test_of_two_tables_the_gain_over_more_seeds_gives_the_interval(fake: dict[str, Any], tmp_path: Path) -> None:
+def test_of_two_tables_the_gain_over_more_seeds_gives_the_interval(fake: Fake, tmp_path: Path) -> None:
     kept, _ = _printed(fake, tmp_path, seeds=(0,))
     other, _ = _printed(fake, tmp_path / "other", seeds=(1, 2))
     for path, width in ((kept, 1.0), (other, 2.0)):
@@ -173,7 +174,7 @@ def test_of_two_tables_the_gain_over_more_seeds_gives_the_interval(fake: dict[st
 
 
 @pytest.mark.parametrize(("key", "value"), [("preset", "long"), ("materials", "independent"), ("cache", "other")])
-def test_a_table_of_another_benchmark_is_refused(fake: dict[str, Any], tmp_path: Path, key: str, value: str) -> None:
+def test_a_table_of_another_benchmark_is_refused(fake: Fake, tmp_path: Path, key: str, value: str) -> None:
     kept, _ = _printed(fake, tmp_path, seeds=(0,))
     _run(fake, rows=("plain",), seeds=(0,))
     other = tmp_path / "other.json"
