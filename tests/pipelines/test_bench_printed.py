@@ -201,3 +201,15 @@ def test_nothing_printed_changes_nothing() -> None:
     assert joined(scores, []) == (scores, []) and joined([], scores) == (scores, [])
     empty = read_printed([])
     assert not empty.has("plain") and empty.over_scenes("a", "b", "c")[2] == []
+
+
+def test_the_command_refuses_a_table_that_is_not_there_before_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cli.main import run_group
+    from cli.model import group
+
+    words = ["bench", "distill", "--preset", "smoke", "--out", str(tmp_path / "out"), "--also", str(tmp_path / "none.json")]
+    assert run_group(group, "imkd", words) == 8
+    said = capsys.readouterr().err
+    assert "no table here" in said and "none.json" in said and not (tmp_path / "out").exists()
