@@ -140,15 +140,16 @@ def _score(report: Mapping[str, Any], line: Mapping[str, Any], row: Row | None) 
     if row is not None and row.method:
         method = make_method(row.method)
         teachers = tuple(method.teachers_for(method.make_options(row.options)))
-    kept = {k: line[k] for k in ("kind", "twin", "seed", "nds", "map", "errors", "steps", "identity", "weights_sha256")}
+    kept = {k: line[k] for k in ("kind", "twin", "seed", "nds", "map", "steps", "identity", "weights_sha256")}
     return {
         **kept,
         "row": line["method"],
         "method": row.method if row is not None else None,
+        "errors": {k: math.nan if v is None else v for k, v in line["errors"].items()},
         "map_by_range": [{"map": math.nan if m is None else m} for m in line["map_by_range"]],
         "asked": {"cache": report["cache"], "teachers": dict.fromkeys(teachers, "")},
         "cost": {},
-        "settings": line.get("settings"),  # of older tables, which did not say: None
+        "settings": report.get("settings", {}).get(line.get("settings")),  # of older tables, which did not say: None
         "made_by": line.get("made_by"),
         **{k: report[k] for k in ("preset", "materials", "versions")},
     }

@@ -94,8 +94,8 @@ def _headroom(rows: Mapping[str, Mapping[int, Score]], run: Score) -> float:
     return _mean(_compared_teacher(rows, name)) - _mean(rows.get("plain", {}))
 
 
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else round(value, 3)
+def _number(value: float, digits: int = 3) -> float | None:
+    return None if math.isnan(value) else round(value, digits)
 
 
 def _spread(rows: Mapping[str, Mapping[int, Score]]) -> dict[str, Any]:
@@ -134,32 +134,28 @@ def _unfit(rows: Mapping[str, Mapping[int, Score]], admission: Mapping[str, Any]
 
 def _mixed(rows: Mapping[str, Mapping[int, Score]]) -> list[str]:
     """Where runs that are compared differ in more than row and seed: settings (steps, batch, precision, cache, ...), or the
-    code or processor that made them, where both say. Printed rows have a hash of their settings alone."""
-    from pipelines.bench_cell import settings_of
-
+    code or processor that made them, where both say."""
     runs = [s for seeds in rows.values() for s in seeds.values() if s["kind"] not in ("teacher", "at test")]
-    settled = [(s, settings_of(s)) for s in runs if "run" in s.get("asked", {})]
+    settled = [(s, known) for s in runs if (known := _settings(s))]
     out = []
     for key in sorted({k for _, settings in settled for k in settings}):
         out += _differing(key, [(s, json.dumps(settings[key])) for s, settings in settled if key in settings])
-    if not out:
-        out += _differing("some setting", [(s, known) for s in runs if (known := _settings(s))])
     for key in ("code", "processor"):
         out += _differing(key, [(s, str(s["made_by"][key])) for s in runs if s.get("made_by")])
     return out
 
 
-def _settings(score: Score) -> str | None:
-    """Hash of what all runs of a table share; None of teachers, of runs that go on from another at a rate of their own, and of
-    rows printed by a version that did not say."""
+def _settings(score: Score) -> dict[str, Any] | None:
+    """What all runs of a table share; None of teachers, and of rows printed by a version that did not say."""
     from pipelines.bench_cell import settings_of
 
-    run = score.get("asked", {}).get("run")
-    if run is None:
+    if "run" not in score.get("asked", {}) or score["kind"] == "teacher":
         return score.get("settings")
-    if score["kind"] == "teacher" or run.get("start"):
-        return None
-    return sha256(canonical_json(settings_of(score))).hexdigest()[:16]
+    return settings_of(score)
+
+
+def _digest(settings: Mapping[str, Any] | None) -> str | None:
+    return None if settings is None else sha256(canonical_json(settings)).hexdigest()[:16]
 
 
 def _differing(key: str, found: Sequence[tuple[Score, str]]) -> list[str]:
@@ -383,17 +379,18 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
                 "seed": s["seed"],
                 "nds": _number(s["nds"]),
                 "map": _number(s["map"]),
-                "errors": {k: round(v, 5) for k, v in s["errors"].items()},  # a thousandth is 0.01 NDS
+                "errors": {k: _number(v, 5) for k, v in s["errors"].items()},  # a thousandth is 0.01 NDS
                 "map_by_range": [_number(r["map"]) for r in s["map_by_range"]],
                 "steps": s["steps"],
                 "identity": s["identity"][:16],
                 "weights_sha256": _weights(s),
-                "settings": _settings(s),
+                "settings": _digest(_settings(s)),
                 "made_by": s.get("made_by"),
             }
             for runs in rows.values()
             for s in runs.values()
         ],
+        "settings": {str(_digest(d)): d for s in scores if (d := _settings(s))},
         "paired": known,
         "costs": [printed.costs.get(line["row"], line) for line in _costs(scores)],
         "pull": [line for name in rows for line in printed.pull.get(name) or _pull({name: rows[name]})],

@@ -51,6 +51,7 @@ def test_a_printed_table_alone_gives_itself_again(fake: Fake, tmp_path: Path) ->
     after = _run(fake, rows=ROWS, also=[kept])
     assert fake["trained"] == [] and after["printed"] == len(after["rows"]) == len(before["rows"])
     assert after["commands"][:-1] == before["commands"] and after["commands"][-1].count("--also RESULTS.json") == 1
+    assert len(after["settings"]) == 1
     left_out = {"printed", "commands", "paired"}
     _near(after["paired"], before["paired"])
     assert {k: v for k, v in after.items() if k not in left_out} == {k: v for k, v in before.items() if k not in left_out}
@@ -99,7 +100,12 @@ def test_printed_rows_of_other_settings_or_code_are_named(fake: Fake, tmp_path: 
     shutil.rmtree(fake["out"])
     report = _run(fake, rows=("crkd",), seeds=(2,), also=[kept], settings={"batch_size": 4})
     (line,) = report["mixed"]
-    assert line.startswith("some setting of ") and "crkd seed 2" in line and "seed 1" not in line
+    assert line.startswith("batch_size of ") and "crkd seed 2" in line and "seed 1" not in line
+    later = json.loads(kept.read_text())  # of a version with another setting, which says nothing of these
+    later["settings"] = {k: {**v, "later": 1} for k, v in later["settings"].items()}
+    kept.write_text(json.dumps(later))
+    shutil.rmtree(fake["out"])
+    assert _run(fake, rows=("crkd",), seeds=(2,), also=[kept])["mixed"] == []
     older = json.loads(kept.read_text())
     for row in older["rows"]:
         row["made_by"] = {"code": "0" * 16, "processor": "other"} if row["settings"] else None
