@@ -356,7 +356,7 @@ def write_report(out: Path, docs: Path | str | None, *, draws: int | None = None
     adjusted = holm({name: math.nan if (p := main.get(name)) is None else p for name in PUBLISHED_GAIN_NDS})
     for p in known:
         if p["kind"] == "distillation" and p["method"] in adjusted:
-            p["p_holm"] = _number(adjusted[p["method"]])
+            p["p_holm"] = _number(adjusted[p["method"]], 6)
     commands = json.loads((out / "commands.json").read_text()) if (out / "commands.json").is_file() else []
     report = {
         "v": 1,

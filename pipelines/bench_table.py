@@ -21,6 +21,10 @@ def _interval(low: Any, high: Any) -> str:
     return "-" if low is None or high is None else f"[{low:+.2f}, {high:+.2f}]"
 
 
+def _p(value: float | None) -> str:
+    return "<0.001" if value is not None and value < 0.001 else _show(value, 3)
+
+
 def _fewer(pair: Mapping[str, Any]) -> str:
     """Of how many seeds an interval over scenes is, where the gain is of more."""
     seeds = pair.get("seeds_scenes", pair["seeds"])  # an older table's: of all
@@ -160,7 +164,7 @@ def _gains(paired: Sequence[Mapping[str, Any]]) -> list[str]:
                 _show(p["gain_map"], sign=True),
                 _interval(p["low_map"], p["high_map"]),
                 _show(p["gap_closed"]),
-                _show(p["p_holm"], 3),
+                _p(p["p_holm"]),
                 str(len(p["seeds"])),
                 _show(p["published_gain_nds"], 1, sign=True),
             )

@@ -145,3 +145,9 @@ def test_bootstrap_of_equal_runs_is_zero_and_of_a_better_run_positive() -> None:
     assert 0 < low < gain < high
     assert np.array_equal(scene_draws(better, draws=50), a) and len(set(a)) > 1
     assert len(DETECTION_CLASSES) == len(worse.classes)
+
+
+def test_a_p_that_rounds_to_nothing_is_not_printed_as_nothing() -> None:
+    from pipelines.bench_table import _p
+
+    assert [_p(p) for p in (None, 0.0, 0.0004, 0.0011, 0.05)] == ["-", "<0.001", "<0.001", "0.001", "0.050"]
