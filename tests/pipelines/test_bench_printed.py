@@ -165,6 +165,20 @@ def test_intervals_over_scenes_are_kept_and_say_of_how_many_seeds(
     assert read_printed([kept]).over_scenes("crkd", "distillation", first["against"])[2] == [0, 1]
 
 
+def test_a_run_here_may_have_the_weights_of_a_printed_one(fake: Fake, tmp_path: Path) -> None:
+    """Tables print the first digits; a switch that never acted is seen by them."""
+    kept, _ = _printed(fake, tmp_path, seeds=(0,))
+    table = json.loads(kept.read_text())
+    table["rows"] = [r for r in table["rows"] if r["method"] != "crkd"]
+    kept.write_text(json.dumps(table))
+    _run(fake, rows=("crkd",), seeds=(0,), also=[kept])
+    mine = json.loads((fake["out"] / "runs/crkd/seed0/score.json").read_text())["weights_sha256"]
+    next(r for r in table["rows"] if r["method"] == "crkd_twin")["weights_sha256"] = mine[:16]
+    kept.write_text(json.dumps(table))
+    gains = write_report(fake["out"], None, also=[kept])["paired"]
+    assert [p["kind"] for p in gains if p["method"] == "crkd" and p["equal_weights"]] == ["distillation"]
+
+
 def test_of_two_tables_the_gain_over_more_seeds_gives_the_interval(fake: Fake, tmp_path: Path) -> None:
     kept, _ = _printed(fake, tmp_path, seeds=(0,))
     other, _ = _printed(fake, tmp_path / "other", seeds=(1, 2))
@@ -177,6 +191,9 @@ def test_of_two_tables_the_gain_over_more_seeds_gives_the_interval(fake: Fake, t
         assert read_printed(tables).over_scenes("crkd", "distillation", "crkd_twin") == (-2.0, 2.0, [1, 2])
     gain = next(p for p in write_report(tmp_path, None, also=[kept, other])["paired"] if p["method"] == "crkd")
     assert gain["seeds"] == [0, 1, 2] and gain["seeds_scenes"] == [1, 2]
+    nds = {(s["row"], s["seed"]): s["nds"] for s in read_printed([kept, other]).scores}
+    over_all = np.mean([nds["crkd", k] - nds["crkd_twin", k] for k in range(3)])
+    assert gain["gain_nds"] == pytest.approx(over_all, abs=1e-3), "of all seeds, not of those that one table has"
 
 
 @pytest.mark.parametrize(("key", "value"), [("preset", "long"), ("materials", "independent"), ("cache", "other")])
